@@ -1,0 +1,1 @@
+"""One room per method; each shows a single ``METHOD`` record. Only ``instseg_ext.zoo`` knows them all."""

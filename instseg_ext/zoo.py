@@ -1,0 +1,118 @@
+"""The composition root: the only module that knows every method."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from instseg_ext import compat
+
+# A missing or unusable detectron2 must end in one sentence, before the first module that imports it.
+compat.require_detectron2()
+
+from detectron2.config import CfgNode, get_cfg  # noqa: E402
+
+from instseg_ext import config as config_nodes  # noqa: E402
+from instseg_ext.data import add_data_config, register_bundled, register_from_config  # noqa: E402
+from instseg_ext.method import Method  # noqa: E402
+from instseg_ext.methods import mask_rcnn, solo  # noqa: E402
+
+__all__ = [
+    "METHODS",
+    "add_instseg_config",
+    "class_count",
+    "get_config",
+    "load_config",
+    "method_of",
+    "set_class_count",
+]
+
+METHODS: tuple[Method, ...] = (solo.METHOD, mask_rcnn.METHOD)
+
+
+def add_instseg_config(cfg: CfgNode) -> None:
+    """See ``instseg_ext.add_instseg_config``."""
+    if cfg.is_frozen():
+        raise ValueError("add_instseg_config needs a config that is not frozen; call it before cfg.freeze().")
+    defaults = get_cfg()
+    config_nodes.add_shared_config(defaults)
+    add_data_config(defaults)
+    for method in METHODS:
+        method.add_config(defaults)
+    config_nodes.add_missing(cfg, defaults)
+    register_bundled()
+
+
+def load_config(name_or_path: str, opts: Sequence[object] = ()) -> tuple[CfgNode, frozenset[str]]:
+    """Return the config of ``get_config`` and the keys that ``opts`` typed."""
+    cfg = get_cfg()
+    add_instseg_config(cfg)
+    config_nodes.merge_file(cfg, config_nodes.find_config(name_or_path))
+    typed = config_nodes.merge_overrides(cfg, opts)
+    config_nodes.resolve_device(cfg, typed)
+    # Both raise early on a value that no model could be built with.
+    method_of(cfg)
+    config_nodes.resolve_precision(cfg)
+    register_from_config(cfg)
+    return cfg, typed
+
+
+def get_config(name_or_path: str, opts: Sequence[object] = ()) -> CfgNode:
+    """See ``instseg_ext.get_config``."""
+    return load_config(name_or_path, opts)[0]
+
+
+def method_of(cfg: CfgNode) -> Method:
+    """Return the record of the method that ``cfg`` describes.
+
+    Raises:
+        ValueError: if no method here owns the configured architecture.
+    """
+    parts = {cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_MASK_HEAD.NAME, cfg.MODEL.PROPOSAL_GENERATOR.NAME}
+    name = cfg.MODEL.META_ARCHITECTURE
+    owners = [method for method in METHODS if name in method.meta_architectures]
+    if not owners:
+        known = sorted(n for method in METHODS for n in method.meta_architectures)
+        raise ValueError(f"MODEL.META_ARCHITECTURE {name!r} belongs to no method here; known: {', '.join(known)}.")
+    # Two-stage methods share a meta-architecture and are told apart by the parts they bring; dense ones ignore
+    # the ROI keys, which always hold detectron2's defaults.
+    shares_architecture = name in mask_rcnn.METHOD.meta_architectures
+    claims = [method for method in METHODS if shares_architecture and parts & set(method.components)]
+    return (claims or owners)[0]
+
+
+def class_count(cfg: CfgNode) -> int:
+    """Return the number of foreground classes the configured model predicts."""
+    return _get(cfg, method_of(cfg).class_count_keys[0])
+
+
+def set_class_count(cfg: CfgNode, count: int, typed: Collection[str] = ()) -> list[str]:
+    """Set every class-count key of the configured method to the data set's count.
+
+    Args:
+        cfg: changed in place.
+        count: classes of the training set.
+        typed: keys the user typed; they are not overwritten but must agree.
+
+    Returns:
+        The keys whose value changed.
+
+    Raises:
+        ValueError: if a typed key holds another number.
+    """
+    changed = []
+    for key in method_of(cfg).class_count_keys:
+        old = _get(cfg, key)
+        if old == count:
+            continue
+        if key in typed:
+            raise ValueError(f"{key} {old} was typed, but the training set has {count} classes; leave the key out.")
+        config_nodes.merge_overrides(cfg, [key, count])
+        changed.append(key)
+    return changed
+
+
+def _get(cfg: CfgNode, key: str) -> int:
+    node = cfg
+    for name in key.split("."):
+        node = node[name]
+    return node
