@@ -21,8 +21,8 @@ def coord_channels(
         dtype: floating dtype of the result; None means torch's default.
 
     Returns:
-        (1, 2, H, W): channel 0 is x (constant down each column), channel 1 is y (constant along each
-        row).
+        (1, 2, H, W): channel 0 is x (constant down each column), channel 1 is y (constant along
+        each row).
     """
     height, width = size_hw
     x = torch.linspace(-1, 1, width, device=device, dtype=dtype)

@@ -17,8 +17,8 @@ _TINY = 1e-6
 def points_nms(scores: torch.Tensor) -> torch.Tensor:
     """Zero every score that is not the largest of its 2x2 window.
 
-    The window of (i, j) holds (i, j), (i-1, j), (i, j-1) and (i-1, j-1): only neighbours above and to
-    the left suppress. Ties survive. A NaN zeroes the windows it is in.
+    The window of (i, j) holds (i, j), (i-1, j), (i, j-1) and (i-1, j-1): only neighbours above and
+    to the left suppress. Ties survive. A NaN zeroes the windows it is in.
 
     Args:
         scores: (N, K, H, W) float, each channel treated by itself.
@@ -50,8 +50,8 @@ def mask_intersections(
 ) -> torch.Tensor:
     """Count the common pixels of every pair of masks of equal label.
 
-    A float32 matrix product of zeros and ones is exact up to 2^24 pixels, in TF32 as well. On the CPU,
-    where the product is what costs, it is restricted to the block of each class.
+    A float32 matrix product of zeros and ones is exact up to 2^24 pixels, in TF32 as well. On the
+    CPU, where the product is what costs, it is restricted to the block of each class.
 
     Args:
         masks: (R, P) bool.
@@ -86,8 +86,8 @@ def matrix_nms(
 ) -> torch.Tensor:
     """Decay the scores of masks that overlap a better one of their class (Matrix NMS).
 
-    Eq. 4 and Algorithm 1 of arXiv:2003.10152: ``decay_b = min_a f(u_ab) / f(max_k<a u_ka)`` with the
-    IoU u, over the candidates a before b. Nothing is removed.
+    Eq. 4 and Algorithm 1 of arXiv:2003.10152: ``decay_b = min_a f(u_ab) / f(max_k<a u_ka)`` with
+    the IoU u, over the candidates a before b. Nothing is removed.
 
     Note:
         ``sigma`` multiplies (``exp(-sigma u^2)``), as the published settings have it; the paper
@@ -126,6 +126,6 @@ def matrix_nms(
         decay = torch.exp(-sigma * (iou.square() - compensation.square()))
     else:
         decay = (1 - iou) / (1 - compensation).clamp(min=_TINY)
-    # Rows that do not act hold iou 0 and so ratios >= 1, and row 0 never exceeds 1: the minimum over
-    # all rows equals the minimum over the rows before b.
+    # Rows that do not act hold iou 0 and so ratios >= 1, and row 0 never exceeds 1: the minimum
+    # over all rows equals the minimum over the rows before b.
     return scores * decay.amin(dim=0)

@@ -17,7 +17,8 @@ def test_values_and_order():
 def test_append_comes_after_features_and_keeps_dtype():
     features = torch.rand(2, 256, 4, 5, dtype=torch.bfloat16)
     out = append_coords(features)
-    assert out.shape == (2, 258, 4, 5) and out.dtype == torch.bfloat16
+    assert out.shape == (2, 258, 4, 5)
+    assert out.dtype == torch.bfloat16
     assert torch.equal(out[:, :256], features)
     assert out[1, 256, 3].tolist() == [-1, -0.5, 0, 0.5, 1]
     assert out[1, 257, :, 0].tolist()[0] == -1

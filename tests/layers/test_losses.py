@@ -35,7 +35,7 @@ def test_dice_gradcheck_and_empty():
 
     def reference(values):
         parts = []
-        for p, t in zip(values, targets):
+        for p, t in zip(values, targets, strict=True):
             a = sum(p[i] * t[i] for i in range(6))
             b = sum(p[i] ** 2 for i in range(6)) + 1e-3
             d = sum(t[i] ** 2 for i in range(6)) + 1e-3
@@ -63,7 +63,7 @@ def test_focal_sum_against_loop():
     logits = torch.randn(7, 3, generator=generator)
     labels = torch.tensor([0, 3, 2, 1, 3, 3, 0])  # 3 is background
     expected = 0.0
-    for row, label in zip(logits.tolist(), labels.tolist()):
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
         for k, value in enumerate(row):
             p = 1 / (1 + math.exp(-value))
             if k == label:
