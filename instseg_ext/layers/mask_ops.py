@@ -1,0 +1,111 @@
+"""Tensor functions on stacks of full-image masks: boxes, COCO run lengths, memory arithmetic.
+
+Shapes: N masks, H x W image pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+__all__ = [
+    "RLEList",
+    "chunk_slices",
+    "empty_boxes",
+    "encode_rle",
+    "masks_per_chunk",
+    "tight_boxes",
+]
+
+
+class RLEList(list):
+    """A list of COCO RLE dictionaries that can be indexed as tensor fields of ``Instances`` are.
+
+    ``Instances[keep]`` hands ``keep`` (bool or integer tensor, array, list, slice, int) to every
+    field; a plain list refuses tensors.
+    """
+
+    def __getitem__(self, item: Any) -> Any:
+        """Return one dictionary for an int, an ``RLEList`` for everything else."""
+        if isinstance(item, int | np.integer):
+            return super().__getitem__(int(item))
+        if isinstance(item, slice):
+            return RLEList(super().__getitem__(item))
+        index = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
+        if index.ndim == 0:
+            return super().__getitem__(int(index))
+        if index.dtype == bool:
+            if len(index) != len(self):
+                raise IndexError(f"boolean index of length {len(index)} for {len(self)} masks")
+            index = np.flatnonzero(index)
+        return RLEList(super(RLEList, self).__getitem__(int(i)) for i in index)
+
+
+def empty_boxes(device: torch.device | str = "cpu") -> Tensor:
+    """Return the boxes of no mask: (0, 4) float32."""
+    return torch.zeros((0, 4), dtype=torch.float32, device=device)
+
+
+def _first_and_end(hit: Tensor) -> tuple[Tensor, Tensor]:
+    """First True and one past the last along dim 1 of (N, L) bool; no True gives (0, L)."""
+    hit = hit.to(torch.uint8)  # argmax is not defined for bool on every device
+    first = hit.argmax(dim=1)
+    end = hit.shape[1] - hit.flip(1).argmax(dim=1)
+    return first, end
+
+
+def tight_boxes(masks: Tensor) -> Tensor:
+    """Return the tightest box around each mask.
+
+    Args:
+        masks: (N, H, W) bool.
+
+    Returns:
+        (N, 4) float32, XYXY, ``(xmin, ymin, xmax + 1, ymax + 1)`` so that width times height counts
+        pixels; zeros for an empty mask. On the device of ``masks``.
+    """
+    if masks.shape[0] == 0 or masks.shape[1] == 0 or masks.shape[2] == 0:
+        return torch.zeros((masks.shape[0], 4), dtype=torch.float32, device=masks.device)
+    rows, cols = masks.any(dim=2), masks.any(dim=1)
+    y0, y1 = _first_and_end(rows)
+    x0, x1 = _first_and_end(cols)
+    boxes = torch.stack([x0, y0, x1, y1], dim=1).to(torch.float32)
+    return boxes * rows.any(dim=1, keepdim=True)
+
+
+def encode_rle(masks: Tensor) -> RLEList:
+    """Encode masks as compressed COCO RLE.
+
+    COCO counts pixels column by column. A stack whose memory is already ordered (N, W, H) (that is,
+    a transposed view) is encoded without a copy; any other layout is transposed mask by mask, so
+    that the copy never exceeds one mask.
+
+    Args:
+        masks: (N, H, W) bool, any device, any strides.
+
+    Returns:
+        N dictionaries ``{"size": [H, W], "counts": str}``; ``counts`` is ASCII text, ready for
+        JSON, and pycocotools accepts it as it is.
+    """
+    out = RLEList()
+    for mask in masks:
+        by_column = mask.detach().t().contiguous().cpu().numpy().view(np.uint8)
+        rle = coco_mask.encode(by_column.T[:, :, None])[0]
+        out.append({"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")})
+    return out
+
+
+def masks_per_chunk(bytes_per_mask: int, budget_mb: float) -> int:
+    """Return how many masks fit a budget of ``budget_mb`` MiB, at least one."""
+    return max(1, int(budget_mb * 2**20) // max(1, bytes_per_mask))
+
+
+def chunk_slices(num: int, size: int) -> Iterable[slice]:
+    """Yield consecutive slices of at most ``size`` that cover ``range(num)``."""
+    for start in range(0, num, size):
+        yield slice(start, min(start + size, num))

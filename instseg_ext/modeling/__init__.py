@@ -1,0 +1,1 @@
+"""Model parts that the methods share."""

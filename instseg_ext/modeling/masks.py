@@ -1,0 +1,238 @@
+"""Full-image masks in bounded memory: the post-processing that every method shares.
+
+A method hands over low-resolution probabilities and the list of resizes and crops that lead to the
+original image. Masks come back in chunks whose working memory stays under a budget, and are stacked
+as bool or encoded as COCO RLE.
+
+Shapes: N instances, h x w low-resolution map, H0 x W0 original image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from ..layers.mask_ops import (
+    RLEList,
+    chunk_slices,
+    empty_boxes,
+    encode_rle,
+    masks_per_chunk,
+    tight_boxes,
+)
+
+__all__ = [
+    "Crop",
+    "Resize",
+    "Step",
+    "collect_masks",
+    "encode_rle",
+    "iter_masks",
+    "masks_to_instances",
+    "tight_boxes",
+]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Bilinear resize of float maps to ``size_hw`` (``align_corners=False``, no antialias)."""
+
+    size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Keep the top-left ``size_hw`` pixels; never larger than the map it is applied to."""
+
+    size_hw: tuple[int, int]
+
+
+Step = Resize | Crop
+Probs = Tensor | Callable[[slice], Tensor]
+
+
+def _apply(probs: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Run the steps in order on (n, h, w) float32; resizes are never fused."""
+    for step in steps:
+        if isinstance(step, Crop):
+            probs = probs[:, : step.size_hw[0], : step.size_hw[1]]
+        elif tuple(probs.shape[1:]) != tuple(step.size_hw):
+            probs = F.interpolate(
+                probs[:, None], size=tuple(step.size_hw), mode="bilinear", align_corners=False
+            )[:, 0]
+    return probs
+
+
+def _output_size(low_hw: tuple[int, int], steps: Sequence[Step]) -> tuple[int, int]:
+    """Return the size after all steps, checking each crop.
+
+    Raises:
+        ValueError: if a crop is larger than the map it is applied to.
+    """
+    size = low_hw
+    for step in steps:
+        if isinstance(step, Crop) and (step.size_hw[0] > size[0] or step.size_hw[1] > size[1]):
+            raise ValueError(f"cannot crop {tuple(step.size_hw)} out of a map of {tuple(size)}")
+        size = (int(step.size_hw[0]), int(step.size_hw[1]))
+    return size
+
+
+def _bytes_per_mask(low_hw: tuple[int, int], steps: Sequence[Step]) -> int:
+    """Return the peak bytes of one mask: both maps of the hungriest step and three bool planes.
+
+    The bool planes are the result, its transposed copy for RLE and the caller's own copy.
+    """
+    size, peak = low_hw, low_hw[0] * low_hw[1] * 4
+    for step in steps:
+        after = (int(step.size_hw[0]), int(step.size_hw[1]))
+        if isinstance(step, Resize):
+            peak = max(peak, 4 * (size[0] * size[1] + after[0] * after[1]))
+            size = after
+        # a crop is a view: the memory of the map before it stays alive, so `size` is left as it is
+    final = _output_size(low_hw, steps)
+    return peak + 3 * final[0] * final[1]
+
+
+def iter_masks(
+    probs: Probs,
+    steps: Sequence[Step],
+    threshold: float = 0.5,
+    budget_mb: float = 256,
+    *,
+    num: int | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield full-image masks in chunks whose working memory stays under a budget.
+
+    Args:
+        probs: (N, h, w) probabilities of any float dtype, or a function that returns such a tensor
+            for a slice of the instances (then no more than one chunk of them exists at a time).
+        steps: resizes and crops from h x w to the original image, applied in order to float32 maps.
+        threshold: a pixel belongs to the mask when its value is strictly greater.
+        budget_mb: MiB that the float maps of all steps and the masks of one chunk may take
+            together. A chunk has at least one mask, whatever it needs.
+        num: N; needed when ``probs`` is a function.
+
+    Yields:
+        ``(slice, masks)`` with ``masks`` (n, H0, W0) bool on the device of the probabilities, in
+        order, covering N.
+
+    Raises:
+        ValueError: if ``num`` is missing for a function, or a crop exceeds its map.
+    """
+    if isinstance(probs, Tensor):
+        num, table = len(probs), probs
+        probs = table.__getitem__
+        low_hw = (int(table.shape[1]), int(table.shape[2]))
+    elif num is None:
+        raise ValueError("iter_masks needs num=, the number of instances, when probs is a function")
+    elif num:
+        low_hw = tuple(int(s) for s in probs(slice(0, 1)).shape[1:])
+    if not num:
+        return
+    _output_size(low_hw, steps)
+    per_chunk = masks_per_chunk(_bytes_per_mask(low_hw, steps), budget_mb)
+    for index in chunk_slices(num, per_chunk):
+        yield index, _threshold_chunk(probs(index), steps, threshold)
+
+
+@torch.no_grad()
+def _threshold_chunk(probs: Tensor, steps: Sequence[Step], threshold: float) -> Tensor:
+    """Return (n, H0, W0) bool for one chunk of (n, h, w) probabilities."""
+    with torch.autocast(probs.device.type, enabled=False):
+        return _apply(probs.float(), steps) > threshold
+
+
+def collect_masks(
+    chunks: Iterator[tuple[slice, Tensor]],
+    num: int,
+    image_size: tuple[int, int],
+    *,
+    output: str = "bool",
+    device: torch.device | str = "cpu",
+    with_boxes: bool = False,
+) -> tuple[Tensor | RLEList, Tensor | None]:
+    """Stack or encode chunks of masks as they come.
+
+    Args:
+        chunks: what ``iter_masks`` yields; must cover ``range(num)`` in order.
+        num: number of instances; 0 is fine.
+        image_size: (H0, W0).
+        output: "bool" for one (num, H0, W0) tensor, "rle" for a list of COCO RLE dictionaries.
+        device: where the bool tensor and the boxes live.
+        with_boxes: also return the tight box of each mask.
+
+    Returns:
+        The masks, and (num, 4) float32 boxes or None.
+
+    Raises:
+        ValueError: if ``output`` is neither "bool" nor "rle", or a mask is not of the image's size.
+    """
+    if output not in ("bool", "rle"):
+        raise ValueError(f'INSTSEG.MASK_OUTPUT must be "bool" or "rle", got {output!r}')
+    rles, boxes = RLEList(), [empty_boxes(device)]
+    stack = torch.empty(
+        (num if output == "bool" else 0, *image_size), dtype=torch.bool, device=device
+    )
+    for index, masks in chunks:
+        if tuple(masks.shape[1:]) != tuple(image_size):
+            raise ValueError(
+                f"the mask steps end at {tuple(masks.shape[1:])} (height, width) but the image "
+                f"is {tuple(image_size)}"
+            )
+        if with_boxes:
+            boxes.append(tight_boxes(masks).to(device))
+        if output == "rle":
+            rles.extend(encode_rle(masks))
+        else:
+            stack[index] = masks.to(device)
+    return (rles if output == "rle" else stack), (torch.cat(boxes) if with_boxes else None)
+
+
+def masks_to_instances(
+    probs: Probs,
+    steps: Sequence[Step],
+    scores: Tensor,
+    classes: Tensor,
+    *,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    budget_mb: float = 256,
+    output: str = "bool",
+    boxes: Tensor | None = None,
+) -> Instances:
+    """Turn low-resolution probabilities into detections at the original size.
+
+    Args:
+        probs: (N, h, w) probabilities or a function from a slice to them, see ``iter_masks``.
+        steps: resizes and crops that end at ``image_size``.
+        scores: (N,) float; classes: (N,) integer in [0, K).
+        classes: see ``scores``.
+        image_size: (H0, W0) of the original image.
+        threshold: strict lower bound of a mask pixel.
+        budget_mb: see ``iter_masks``.
+        output: "bool" fills ``pred_masks`` ((N, H0, W0) bool), "rle" fills ``pred_masks_rle`` (list
+            of COCO RLE).
+        boxes: (N, 4) XYXY at the original size; None computes the tight box of each final mask
+            (zeros when empty).
+
+    Returns:
+        ``Instances`` with ``pred_boxes``, ``scores`` (float32), ``pred_classes`` (int64) and the
+        masks; N may be 0.
+    """
+    num = len(scores)
+    image_size = (int(image_size[0]), int(image_size[1]))
+    chunks = iter_masks(probs, steps, threshold, budget_mb, num=num)
+    masks, tight = collect_masks(
+        chunks, num, image_size, output=output, device=scores.device, with_boxes=boxes is None
+    )
+    result = Instances(image_size)
+    result.pred_boxes = Boxes(tight if boxes is None else boxes)
+    result.scores = scores.float()
+    result.pred_classes = classes.long()
+    result.set("pred_masks" if output == "bool" else "pred_masks_rle", masks)
+    return result
