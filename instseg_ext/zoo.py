@@ -67,16 +67,16 @@ def method_of(cfg: CfgNode) -> Method:
     Raises:
         ValueError: if no method here owns the configured architecture.
     """
-    parts = {cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_MASK_HEAD.NAME, cfg.MODEL.PROPOSAL_GENERATOR.NAME}
     name = cfg.MODEL.META_ARCHITECTURE
     owners = [method for method in METHODS if name in method.meta_architectures]
     if not owners:
         known = sorted(n for method in METHODS for n in method.meta_architectures)
         raise ValueError(f"MODEL.META_ARCHITECTURE {name!r} belongs to no method here; known: {', '.join(known)}.")
-    # Two-stage methods share a meta-architecture and are told apart by the parts they bring; dense ones ignore
-    # the ROI keys, which always hold detectron2's defaults.
-    shares_architecture = name in mask_rcnn.METHOD.meta_architectures
-    claims = [method for method in METHODS if shares_architecture and parts & set(method.components)]
+    if owners[0] is not mask_rcnn.METHOD:
+        return owners[0]
+    # Two-stage methods share Mask R-CNN's architecture and are told apart by the parts they bring.
+    parts = {cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_MASK_HEAD.NAME, cfg.MODEL.PROPOSAL_GENERATOR.NAME}
+    claims = [method for method in METHODS if parts & set(method.components)]
     return (claims or owners)[0]
 
 

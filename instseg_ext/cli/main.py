@@ -1,0 +1,68 @@
+"""The console script ``instseg <command> ...``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from instseg_ext import __version__
+
+__all__ = ["main", "run_command"]
+
+# Modules are imported for their parser only; each defers torch and detectron2 to its `run`.
+_COMMANDS = (
+    "instseg_ext.doctor",
+    "instseg_ext.cli.train",
+    "instseg_ext.cli.predict",
+    "instseg_ext.cli.check_dataset",
+    "instseg_ext.cli.visualize",
+    "instseg_ext.cli.benchmark",
+    "instseg_ext.cli.models",
+)
+
+# What a user can cause and mend. Anything else is a defect of ours and keeps its traceback.
+_USER_ERRORS = (ValueError, KeyError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError)
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+
+    Returns:
+        Exit status: 0 success, 1 the command found problems, 2 wrong usage or input.
+    """
+    parser = argparse.ArgumentParser(prog="instseg", description="Instance segmentation for detectron2.")
+    parser.add_argument("--version", action="version", version=f"instseg_ext {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name in _COMMANDS:
+        importlib.import_module(name).add_parser(subparsers)
+    return run_command(parser, argv)
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse, collect ``KEY VALUE`` overrides wherever they stand, run, and turn user errors into one sentence."""
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("--")]
+    if unknown or (rest and not getattr(args, "takes_overrides", False)):
+        parser.error(f"unrecognised arguments: {' '.join(unknown or rest)}")
+    args.opts = rest
+    try:
+        return args.run(args)
+    except _USER_ERRORS as error:
+        if logging.getLogger("instseg_ext").isEnabledFor(logging.DEBUG):
+            raise
+        # str(KeyError) would put the sentence into quotation marks.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        sys.stderr.write(f"{parser.prog}: error: {message}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

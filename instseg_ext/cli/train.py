@@ -1,0 +1,160 @@
+"""``train_net.py`` and ``instseg train``: train, evaluate, resume."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from instseg_ext import compat
+from instseg_ext.cli import common
+from instseg_ext.cli.main import run_command
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+    from instseg_ext.method import Method
+
+__all__ = ["add_parser", "main", "run"]
+
+_OWN_TRAIN, _OWN_VAL = "own_train", "own_val"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as ``train_net.py``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="train_net.py", description="Train or evaluate a model.")
+    _add_arguments(parser)
+    return run_command(parser, argv)
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``instseg train``."""
+    _add_arguments(subparsers.add_parser("train", help="train or evaluate a model (the same as train_net.py)"))
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_config_arguments(parser, weights=False)
+    add = parser.add_argument
+    add("--train-json", metavar="FILE", help="your training annotations (COCO format)")
+    add("--train-images", metavar="DIR", help="the folder of your training images")
+    add("--val-json", metavar="FILE", help="your validation annotations (COCO format)")
+    add("--val-images", metavar="DIR", help="the folder of your validation images")
+    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add("--overwrite", action="store_true", help="start anew in an OUTPUT_DIR that holds another run's checkpoints")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
+    add("--dry-run", action="store_true", help="20 iterations and one evaluation, to see that all works")
+    add(
+        "--reset-classifier",
+        action="store_true",
+        help="re-initialise the classifier where the checkpoint has another number of classes",
+    )
+    add("--skip-check", action="store_true", help="do not check the annotations first")
+    add("--num-gpus", type=int, default=1, help="processes on this machine; without CUDA, CPU processes")
+    add("--num-machines", type=int, default=1)
+    add("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
+    add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; needed with several machines")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that is cheap to check, then train or evaluate in as many processes as asked for."""
+    compat.require_detectron2()
+    compat.require_torchvision_ops()
+    from instseg_ext.engine import launch
+
+    cfg, _ = prepare(args)
+    if os.environ.get("RANK", "0") == "0" and args.machine_rank == 0:
+        _check_inputs(cfg, args)
+    launch(
+        _worker,
+        num_gpus=args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> tuple[CfgNode, Method]:
+    """Return the frozen config of a run: own data declared, classes counted, dry run applied.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: one sentence naming what is wrong.
+    """
+    from instseg_ext import engine, zoo
+
+    cfg, method, typed = common.typed_config_from_args(args)
+    _declare_own_data(cfg, args)
+    _follow_classes(cfg, method, typed, args.eval_only)
+    if args.dry_run:
+        engine.apply_dry_run(cfg, typed)
+    cfg.freeze()
+    return cfg, zoo.method_of(cfg)
+
+
+def _declare_own_data(cfg: CfgNode, args: argparse.Namespace) -> None:
+    from instseg_ext import data
+
+    for split, name in (("train", _OWN_TRAIN), ("val", _OWN_VAL)):
+        json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
+        if bool(json_file) != bool(images):
+            given, missing = ("json", "images") if json_file else ("images", "json")
+            raise ValueError(f"--{split}-{given} needs --{split}-{missing} beside it.")
+        if json_file:
+            data.declare(cfg, name, json_file, images)
+            if split == "train":
+                cfg.DATASETS.TRAIN = (name,)
+            else:
+                cfg.DATASETS.TEST = (name,)
+    if args.train_json and not args.val_json:
+        # The configured test set has other classes: evaluating on it would be meaningless.
+        cfg.DATASETS.TEST = ()
+
+
+def _follow_classes(cfg: CfgNode, method: Method, typed: frozenset[str], eval_only: bool) -> None:
+    """Take class names and counts from the data; they then travel in the dumped config and the checkpoint."""
+    from instseg_ext import data, zoo
+
+    names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
+    if not names:
+        raise ValueError(f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty; name a data set or give your own files.")
+    classes = data.dataset_classes(names[0])
+    for other in (*names[1:], *(() if eval_only else cfg.DATASETS.TEST)):
+        if data.dataset_classes(other) != classes:
+            raise ValueError(
+                f"Data sets {names[0]} and {other} have different classes "
+                f"({len(classes)} and {len(data.dataset_classes(other))}, or other names); they must be the same."
+            )
+    cfg.INSTSEG.CLASS_NAMES = list(classes)
+    changed = zoo.set_class_count(cfg, len(classes), typed)
+    if changed:
+        sys.stderr.write(f"{', '.join(changed)} = {len(classes)}, the number of classes of {names[0]}\n")
+
+
+def _check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
+    from instseg_ext import data, engine
+
+    if not args.eval_only:
+        engine.check_output_dir(cfg.OUTPUT_DIR, resume=args.resume, overwrite=args.overwrite)
+    engine.check_weights(cfg, resume=args.resume)
+    if args.skip_check:
+        return
+    names = () if args.eval_only else cfg.DATASETS.TRAIN
+    for name in dict.fromkeys((*names, *cfg.DATASETS.TEST)):
+        data.cheap_check(name)
+
+
+def _worker(args: argparse.Namespace) -> None:
+    """Train or evaluate in one process; registrations happen here because a spawned process starts empty."""
+    from instseg_ext import engine
+
+    cfg, method = prepare(args)
+    engine.setup(cfg, args)
+    if args.eval_only:
+        engine.evaluate_checkpoint(cfg, method, reset_classifier=args.reset_classifier)
+        return
+    trainer = engine.Trainer(cfg, method)
+    trainer.resume_or_load(resume=args.resume, reset_classifier=args.reset_classifier)
+    trainer.train()
