@@ -32,7 +32,9 @@ METHODS: tuple[Method, ...] = (solo.METHOD, mask_rcnn.METHOD)
 def add_instseg_config(cfg: CfgNode) -> None:
     """See ``instseg_ext.add_instseg_config``."""
     if cfg.is_frozen():
-        raise ValueError("add_instseg_config needs a config that is not frozen; call it before cfg.freeze().")
+        raise ValueError(
+            "add_instseg_config needs a config that is not frozen; call it before cfg.freeze()."
+        )
     defaults = get_cfg()
     config_nodes.add_shared_config(defaults)
     add_data_config(defaults)
@@ -71,11 +73,17 @@ def method_of(cfg: CfgNode) -> Method:
     owners = [method for method in METHODS if name in method.meta_architectures]
     if not owners:
         known = sorted(n for method in METHODS for n in method.meta_architectures)
-        raise ValueError(f"MODEL.META_ARCHITECTURE {name!r} belongs to no method here; known: {', '.join(known)}.")
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE {name!r} belongs to no method here; known: {', '.join(known)}."
+        )
     if owners[0] is not mask_rcnn.METHOD:
         return owners[0]
     # Two-stage methods share Mask R-CNN's architecture and are told apart by the parts they bring.
-    parts = {cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_MASK_HEAD.NAME, cfg.MODEL.PROPOSAL_GENERATOR.NAME}
+    parts = {
+        cfg.MODEL.ROI_HEADS.NAME,
+        cfg.MODEL.ROI_MASK_HEAD.NAME,
+        cfg.MODEL.PROPOSAL_GENERATOR.NAME,
+    }
     claims = [method for method in METHODS if parts & set(method.components)]
     return (claims or owners)[0]
 
@@ -105,7 +113,9 @@ def set_class_count(cfg: CfgNode, count: int, typed: Collection[str] = ()) -> li
         if old == count:
             continue
         if key in typed:
-            raise ValueError(f"{key} {old} was typed, but the training set has {count} classes; leave the key out.")
+            raise ValueError(
+                f"{key} {old} was typed, but the training set has {count} classes; leave the key out."
+            )
         config_nodes.merge_overrides(cfg, [key, count])
         changed.append(key)
     return changed

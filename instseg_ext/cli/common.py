@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
     from instseg_ext.method import Method
 
-__all__ = ["add_config_arguments", "add_register_argument", "config_from_args", "typed_config_from_args"]
+__all__ = [
+    "add_config_arguments",
+    "add_register_argument",
+    "config_from_args",
+    "typed_config_from_args",
+]
 
 
 def add_register_argument(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +41,17 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, weights: bool = Tru
         + ("; left out, the config inside the checkpoint is used" if weights else ""),
     )
     if weights:
-        parser.add_argument("--weights", default="", metavar="FILE", help="checkpoint; the same as MODEL.WEIGHTS FILE")
+        parser.add_argument(
+            "--weights",
+            default="",
+            metavar="FILE",
+            help="checkpoint; the same as MODEL.WEIGHTS FILE",
+        )
     add_register_argument(parser)
     parser.set_defaults(takes_overrides=True)
-    parser.epilog = "Overrides of the config are typed as KEY VALUE pairs, for example MODEL.DEVICE cpu."
+    parser.epilog = (
+        "Overrides of the config are typed as KEY VALUE pairs, for example MODEL.DEVICE cpu."
+    )
 
 
 def config_from_args(args: argparse.Namespace) -> tuple[CfgNode, Method]:

@@ -24,7 +24,14 @@ _COMMANDS = (
 )
 
 # What a user can cause and mend. Anything else is a defect of ours and keeps its traceback.
-_USER_ERRORS = (ValueError, KeyError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError)
+_USER_ERRORS = (
+    ValueError,
+    KeyError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    ImportError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 success, 1 the command found problems, 2 wrong usage or input.
     """
-    parser = argparse.ArgumentParser(prog="instseg", description="Instance segmentation for detectron2.")
+    parser = argparse.ArgumentParser(
+        prog="instseg", description="Instance segmentation for detectron2."
+    )
     parser.add_argument("--version", action="version", version=f"instseg_ext {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in _COMMANDS:

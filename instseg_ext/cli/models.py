@@ -28,7 +28,11 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for name in names:
         cfg = zoo.get_config(name)
-        size = "x".join(map(str, cfg.INSTSEG.STRETCH)) if any(cfg.INSTSEG.STRETCH) else str(cfg.INPUT.MIN_SIZE_TEST)
+        size = (
+            "x".join(map(str, cfg.INSTSEG.STRETCH))
+            if any(cfg.INSTSEG.STRETCH)
+            else str(cfg.INPUT.MIN_SIZE_TEST)
+        )
         rows.append(
             (
                 name,

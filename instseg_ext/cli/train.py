@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``instseg train``."""
-    _add_arguments(subparsers.add_parser("train", help="train or evaluate a model (the same as train_net.py)"))
+    _add_arguments(
+        subparsers.add_parser("train", help="train or evaluate a model (the same as train_net.py)")
+    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,19 +43,36 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--val-json", metavar="FILE", help="your validation annotations (COCO format)")
     add("--val-images", metavar="DIR", help="the folder of your validation images")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
-    add("--overwrite", action="store_true", help="start anew in an OUTPUT_DIR that holds another run's checkpoints")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="start anew in an OUTPUT_DIR that holds another run's checkpoints",
+    )
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
-    add("--dry-run", action="store_true", help="20 iterations and one evaluation, to see that all works")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="20 iterations and one evaluation, to see that all works",
+    )
     add(
         "--reset-classifier",
         action="store_true",
         help="re-initialise the classifier where the checkpoint has another number of classes",
     )
     add("--skip-check", action="store_true", help="do not check the annotations first")
-    add("--num-gpus", type=int, default=1, help="processes on this machine; without CUDA, CPU processes")
+    add(
+        "--num-gpus",
+        type=int,
+        default=1,
+        help="processes on this machine; without CUDA, CPU processes",
+    )
     add("--num-machines", type=int, default=1)
     add("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
-    add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; needed with several machines")
+    add(
+        "--dist-url",
+        default="auto",
+        help="tcp://HOST:PORT of machine 0; needed with several machines",
+    )
     parser.set_defaults(run=run)
 
 
@@ -119,7 +138,9 @@ def _follow_classes(cfg: CfgNode, method: Method, typed: frozenset[str], eval_on
 
     names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
     if not names:
-        raise ValueError(f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty; name a data set or give your own files.")
+        raise ValueError(
+            f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty; name a data set or give your own files."
+        )
     classes = data.dataset_classes(names[0])
     for other in (*names[1:], *(() if eval_only else cfg.DATASETS.TEST)):
         if data.dataset_classes(other) != classes:
@@ -130,7 +151,9 @@ def _follow_classes(cfg: CfgNode, method: Method, typed: frozenset[str], eval_on
     cfg.INSTSEG.CLASS_NAMES = list(classes)
     changed = zoo.set_class_count(cfg, len(classes), typed)
     if changed:
-        sys.stderr.write(f"{', '.join(changed)} = {len(classes)}, the number of classes of {names[0]}\n")
+        sys.stderr.write(
+            f"{', '.join(changed)} = {len(classes)}, the number of classes of {names[0]}\n"
+        )
 
 
 def _check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -18,7 +18,9 @@ __all__ = ["config_names", "find_config", "merge_file", "merge_overrides"]
 def config_names() -> list[str]:
     """Return the names of all configs a user can ask for, such as ``"SOLO/solov2_R_50_FPN_1x"``."""
     files = resources.root().glob("projects/*/configs/*.yaml")
-    return sorted(f"{f.parent.parent.name}/{f.stem}" for f in files if not f.stem.startswith("Base"))
+    return sorted(
+        f"{f.parent.parent.name}/{f.stem}" for f in files if not f.stem.startswith("Base")
+    )
 
 
 def find_config(name_or_path: str) -> Path:
@@ -107,7 +109,9 @@ def _set(cfg: CfgNode, key: str, text: object) -> None:
         raise KeyError(_unknown_key(cfg, key))
     old = node[leaf]
     if isinstance(old, CfgNode):
-        raise ValueError(f"{key} is a group of keys, not a value; set one of {', '.join(f'{key}.{k}' for k in old)}.")
+        raise ValueError(
+            f"{key} is a group of keys, not a value; set one of {', '.join(f'{key}.{k}' for k in old)}."
+        )
     node[leaf] = _coerce(key, old, text)
 
 
@@ -141,5 +145,7 @@ def _unknown_key(cfg: CfgNode, key: str) -> str:
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:
     keys = []
     for name, value in node.items():
-        keys += _keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [f"{prefix}{name}"]
+        keys += (
+            _keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [f"{prefix}{name}"]
+        )
     return keys

@@ -45,7 +45,9 @@ def resolve_device(cfg: CfgNode, typed: Collection[str] = ()) -> None:
         cfg.MODEL.DEVICE = "cuda" if has_cuda else "cpu"
     elif device.startswith("cuda") and not has_cuda:
         if "MODEL.DEVICE" in typed:
-            raise ValueError(f"MODEL.DEVICE {device} was asked for, but torch sees no CUDA device; `instseg doctor` says why.")
+            raise ValueError(
+                f"MODEL.DEVICE {device} was asked for, but torch sees no CUDA device; `instseg doctor` says why."
+            )
         cfg.MODEL.DEVICE = "cpu"
 
 

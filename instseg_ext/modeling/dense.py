@@ -72,7 +72,9 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False
+        )
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.stretch_size = stretch_size
         self.init_runtime(runtime or RuntimeOptions())
@@ -126,11 +128,15 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
         for x in batched_inputs:
             if "instances" not in x:
                 name = x.get("file_name", x.get("image_id", "an image"))
-                raise ValueError(f"Training needs 'instances' for every image, but {name} has none.")
+                raise ValueError(
+                    f"Training needs 'instances' for every image, but {name} has none."
+                )
         return [x["instances"].to(self.device) for x in batched_inputs]
 
     @abstractmethod
-    def losses(self, raw: Any, images: ImageList, gt_instances: list[Instances]) -> dict[str, Tensor]:
+    def losses(
+        self, raw: Any, images: ImageList, gt_instances: list[Instances]
+    ) -> dict[str, Tensor]:
         """Return the terms to be summed, scalars in fp32.
 
         Args:

@@ -50,7 +50,9 @@ class RuntimeOptions:
             memory_format=check_choice("INSTSEG.MEMORY_FORMAT", node.MEMORY_FORMAT, _FORMATS),
             mask_budget_mb=node.MASK_BUDGET_MB,
             mask_output=check_choice("INSTSEG.MASK_OUTPUT", node.MASK_OUTPUT, ("bool", "rle")),
-            loss_normalizer=check_choice("INSTSEG.LOSS_NORMALIZER", node.LOSS_NORMALIZER, ("local", "global")),
+            loss_normalizer=check_choice(
+                "INSTSEG.LOSS_NORMALIZER", node.LOSS_NORMALIZER, ("local", "global")
+            ),
         )
 
 

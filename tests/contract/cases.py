@@ -1,0 +1,81 @@
+"""The models on which the contract suite runs: a new method adds one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.structures import BitMasks, Instances
+
+import instseg_ext
+
+TINY_RESNET = [
+    "MODEL.DEVICE", "cpu",
+    "MODEL.WEIGHTS", "",
+    "MODEL.FPN.OUT_CHANNELS", 32,
+    "INPUT.MIN_SIZE_TEST", 64,
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method's smallest honest model.
+
+    Attributes:
+        name: test id.
+        config: a config of ``projects``.
+        opts: overrides that make it small.
+        sees_padding: group normalisation or coordinate channels let padding change the result.
+    """
+
+    name: str
+    config: str
+    opts: tuple
+    sees_padding: bool = False
+
+    def cfg(self, *opts):
+        return instseg_ext.get_config(self.config, [*TINY_RESNET, *self.opts, *opts])
+
+
+CASES = [
+    Case(
+        "SOLOv2",
+        "SOLO/nuclei_solov2_R_18_FPN",
+        (),
+        sees_padding=True,
+    ),
+    Case(
+        "MaskRCNN",
+        "MaskRCNN/nuclei_mask_rcnn_R_18_FPN",
+        (
+            "MODEL.FPN.NORM", "",
+            "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
+            "MODEL.ROI_MASK_HEAD.CONV_DIM", 16,
+            "MODEL.ROI_MASK_HEAD.NUM_CONV", 1,
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40,
+            "MODEL.RPN.POST_NMS_TOPK_TEST", 40,
+        ),
+    ),
+]  # fmt: skip
+
+
+def blobs(height: int, width: int, boxes: list[tuple[int, int, int, int]]) -> dict:
+    """Return a training sample: a noisy image with a bright rectangle per (x0, y0, x1, y1)."""
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    image = torch.randint(0, 60, (3, height, width), dtype=torch.uint8, generator=generator)
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[y0:y1, x0:x1] = True
+        image[:, y0:y1, x0:x1] += 150
+    instances = Instances((height, width))
+    instances.gt_masks = BitMasks(masks)
+    instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+    instances.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+    return {
+        "image": image,
+        "instances": instances,
+        "height": height,
+        "width": width,
+        "file_name": "blobs",
+    }
