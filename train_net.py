@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate any model of the zoo: ``python train_net.py --config-file FILE [options] [KEY VALUE ...]``."""
+"""Train or evaluate: ``python train_net.py --config-file FILE [options] [KEY VALUE ...]``."""
 
 import sys
 

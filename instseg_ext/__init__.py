@@ -1,6 +1,7 @@
 """Instance segmentation for detectron2: every method a meta-architecture or ROI head of its own.
 
-Importing this package is cheap and has no side effects; detectron2 is imported when a config is asked for.
+Importing this package is cheap and has no side effects; detectron2 is imported when a config is
+asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def get_config(name_or_path: str, opts: Sequence[object] = ()) -> CfgNode:
     """Return a complete config: defaults, a YAML file, typed overrides, a concrete device.
 
     Args:
-        name_or_path: a file, or a name under ``projects/*/configs`` such as ``"SOLO/solov2_R_50_FPN_1x"``.
+        name_or_path: a file, or a name under ``projects/*/configs`` such as
+            ``"SOLO/solov2_R_50_FPN_1x"``.
         opts: alternating keys and values, ``["MODEL.DEVICE", "cpu", "SOLVER.BASE_LR", 0.01]``.
 
     Returns:

@@ -17,11 +17,12 @@ class Method:
         name: display name and folder under ``projects/``.
         add_config: adds the method's config node to a config.
         meta_architectures: registered META_ARCHITECTURE names that this method owns.
-        components: ROI_HEADS, ROI_MASK_HEAD or PROPOSAL_GENERATOR names by which the method claims a
-            two-stage model that another method's meta-architecture carries.
+        components: ROI_HEADS, ROI_MASK_HEAD or PROPOSAL_GENERATOR names by which the method claims
+            a two-stage model that another method's meta-architecture carries.
         class_count_keys: config keys that hold the number of foreground classes.
-        score_threshold_keys: config keys that keep low-scoring candidates out of the results. A command that
-            wants lower scores lowers them; it never raises them, since that would change the suppression.
+        score_threshold_keys: config keys that keep low-scoring candidates out of the results. A
+            command that wants lower scores lowers them; it never raises them, since that would
+            change the suppression.
         build_mapper: ``(cfg, is_train) -> mapper``; ``None`` means the shared mapper.
         evaluator_hints: options for the evaluator, such as ``{"segm_score_field": "mask_scores"}``.
         converters: checkpoint converters by family name.

@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from instseg_ext import compat
 
-# A missing or unusable detectron2 must end in one sentence, before the first module that imports it.
+# A missing or unusable detectron2 must end in one sentence, before the first module that imports
+# it.
 compat.require_detectron2()
 
 from detectron2.config import CfgNode, get_cfg  # noqa: E402
@@ -74,7 +75,8 @@ def method_of(cfg: CfgNode) -> Method:
     if not owners:
         known = sorted(n for method in METHODS for n in method.meta_architectures)
         raise ValueError(
-            f"MODEL.META_ARCHITECTURE {name!r} belongs to no method here; known: {', '.join(known)}."
+            f"MODEL.META_ARCHITECTURE {name!r} belongs to no method here; "
+            f"known: {', '.join(known)}."
         )
     if owners[0] is not mask_rcnn.METHOD:
         return owners[0]
@@ -114,7 +116,8 @@ def set_class_count(cfg: CfgNode, count: int, typed: Collection[str] = ()) -> li
             continue
         if key in typed:
             raise ValueError(
-                f"{key} {old} was typed, but the training set has {count} classes; leave the key out."
+                f"{key} {old} was typed, but the training set has {count} classes; "
+                "leave the key out."
             )
         config_nodes.merge_overrides(cfg, [key, count])
         changed.append(key)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Tests are many small models on few cores: one thread each is faster than many that wait for each other.
+# Tests are many small models on few cores: one thread each is faster than many that wait for each
+# other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -1,1 +1,1 @@
-"""One module per command of ``instseg``; each has ``add_parser(subparsers)`` and ``run(args) -> exit status``."""
+"""One module per command of ``instseg``, each with ``add_parser(subparsers)`` and ``run(args)``."""

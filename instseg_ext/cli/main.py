@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse, collect ``KEY VALUE`` overrides wherever they stand, run, and turn user errors into one sentence."""
+    """Run the parsed command; user errors become one sentence.
+
+    Overrides ``KEY VALUE`` may stand anywhere among the options.
+    """
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("--")]
     if unknown or (rest and not getattr(args, "takes_overrides", False)):

@@ -77,7 +77,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything that is cheap to check, then train or evaluate in as many processes as asked for."""
+    """Check what is cheap to check, then train or evaluate in as many processes as asked for."""
     compat.require_detectron2()
     compat.require_torchvision_ops()
     from instseg_ext.engine import launch
@@ -133,20 +133,24 @@ def _declare_own_data(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _follow_classes(cfg: CfgNode, method: Method, typed: frozenset[str], eval_only: bool) -> None:
-    """Take class names and counts from the data; they then travel in the dumped config and the checkpoint."""
+    """Take class names and counts from the data.
+
+    They then travel in the dumped config and the checkpoint.
+    """
     from instseg_ext import data, zoo
 
-    names = cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN
+    key = "TEST" if eval_only else "TRAIN"
+    names = cfg.DATASETS[key]
     if not names:
-        raise ValueError(
-            f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty; name a data set or give your own files."
-        )
+        raise ValueError(f"DATASETS.{key} is empty; name a data set or give your own files.")
     classes = data.dataset_classes(names[0])
     for other in (*names[1:], *(() if eval_only else cfg.DATASETS.TEST)):
-        if data.dataset_classes(other) != classes:
+        other_classes = data.dataset_classes(other)
+        if other_classes != classes:
             raise ValueError(
-                f"Data sets {names[0]} and {other} have different classes "
-                f"({len(classes)} and {len(data.dataset_classes(other))}, or other names); they must be the same."
+                f"Data sets {names[0]} and {other} must have the same classes, but have "
+                f"{len(classes)} ({_shorten(classes)}) and {len(other_classes)} "
+                f"({_shorten(other_classes)})."
             )
     cfg.INSTSEG.CLASS_NAMES = list(classes)
     changed = zoo.set_class_count(cfg, len(classes), typed)
@@ -154,6 +158,10 @@ def _follow_classes(cfg: CfgNode, method: Method, typed: frozenset[str], eval_on
         sys.stderr.write(
             f"{', '.join(changed)} = {len(classes)}, the number of classes of {names[0]}\n"
         )
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -170,7 +178,10 @@ def _check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _worker(args: argparse.Namespace) -> None:
-    """Train or evaluate in one process; registrations happen here because a spawned process starts empty."""
+    """Train or evaluate in one process.
+
+    The config is made anew because a spawned process starts without registrations.
+    """
     from instseg_ext import engine
 
     cfg, method = prepare(args)

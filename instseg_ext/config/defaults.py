@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode as CN
+from detectron2.config import CfgNode
 
 __all__ = ["add_missing", "add_shared_config"]
 
 
-def add_missing(cfg: CN, defaults: CN) -> None:
+def add_missing(cfg: CfgNode, defaults: CfgNode) -> None:
     """Copy into ``cfg``, node by node, the keys of ``defaults`` that it lacks.
 
     Args:
@@ -16,61 +16,69 @@ def add_missing(cfg: CN, defaults: CN) -> None:
     """
     for key, value in defaults.items():
         if key not in cfg:
-            cfg[key] = value.clone() if isinstance(value, CN) else value
-        elif isinstance(value, CN) and isinstance(cfg[key], CN):
+            cfg[key] = value.clone() if isinstance(value, CfgNode) else value
+        elif isinstance(value, CfgNode) and isinstance(cfg[key], CfgNode):
             add_missing(cfg[key], value)
 
 
-def add_shared_config(cfg: CN) -> None:
+def add_shared_config(cfg: CfgNode) -> None:
     """Define the ``INSTSEG`` node with its defaults.
 
     Args:
         cfg: changed in place.
     """
     _C = cfg
-    _C.INSTSEG = CN()
+    _C.INSTSEG = CfgNode()
 
-    # Data sets declared by the config itself: a list of {"NAME": ..., "JSON": ..., "IMAGES": ...}, COCO format.
-    # Command-line registrations are written here, so that a dumped config can be used alone.
+    # Data sets declared by the config itself: a list of {"NAME": ..., "JSON": ..., "IMAGES": ...},
+    # COCO format. Command-line registrations are written here, so that a dumped config can be used
+    # alone.
     _C.INSTSEG.DATASETS = []
-    # Names of the training set's classes in contiguous order; written by training, read by prediction.
+    # Names of the training set's classes in contiguous order; written by training, read by
+    # prediction.
     _C.INSTSEG.CLASS_NAMES = []
-    # Size (height, width) to which images are stretched without keeping their aspect ratio; [0, 0] = off.
-    # Goes with INPUT.MIN_SIZE_TEST 0, so that detectron2's own predictor leaves the resize to the model.
+    # Size (height, width) to which images are stretched without keeping their aspect ratio; [0, 0]
+    # = off. Goes with INPUT.MIN_SIZE_TEST 0, so that detectron2's own predictor leaves the resize
+    # to the model.
     _C.INSTSEG.STRETCH = [0, 0]
 
-    # Arithmetic of training and inference: fp32, fp16 (CUDA only), bf16. Losses, NMS and geometry stay in fp32.
-    # SOLVER.AMP.ENABLED, detectron2's key, is read as fp16 on CUDA and bf16 on CPU when this one says fp32.
+    # Arithmetic of training and inference: fp32, fp16 (CUDA only), bf16. Losses, NMS and geometry
+    # stay in fp32. SOLVER.AMP.ENABLED, detectron2's key, is read as fp16 on CUDA and bf16 on CPU
+    # when this one says fp32.
     _C.INSTSEG.PRECISION = "fp32"
     # channels_last or contiguous.
     _C.INSTSEG.MEMORY_FORMAT = "channels_last"
     # Largest working set, in MiB, while low-resolution masks become full-size ones.
     _C.INSTSEG.MASK_BUDGET_MB = 256
-    # bool: pred_masks (N, H, W). rle: pred_masks_rle, COCO run lengths, memory independent of the image size.
+    # bool: pred_masks (N, H, W). rle: pred_masks_rle, COCO run lengths, memory independent of the
+    # image size.
     _C.INSTSEG.MASK_OUTPUT = "bool"
 
     # local: each process divides its losses by its own counts, as the authors' code does.
     # global: counts are averaged over processes, so that the loss does not depend on their number.
     _C.INSTSEG.LOSS_NORMALIZER = "local"
-    # sgd (SOLVER.MOMENTUM, SOLVER.NESTEROV) or adamw. Learning rate and weight decay come from SOLVER.
+    # sgd (SOLVER.MOMENTUM, SOLVER.NESTEROV) or adamw. Learning rate and weight decay come from
+    # SOLVER.
     _C.INSTSEG.OPTIMIZER = "sgd"
     # L2 norm to which the gradient of the whole model is clipped; 0.0 = off.
     # (SOLVER.CLIP_GRADIENTS with type "norm" clips every parameter by itself.)
     _C.INSTSEG.CLIP_GRAD_NORM = 0.0
-    # Micro-batches per optimiser step. SOLVER.IMS_PER_BATCH stays the batch of one step and is split.
+    # Micro-batches per optimiser step. SOLVER.IMS_PER_BATCH stays the batch of one step and is
+    # split.
     _C.INSTSEG.ACCUMULATE = 1
-    # Batch for which SOLVER.BASE_LR is meant: the rate is multiplied by IMS_PER_BATCH / this. 0 = leave it alone.
+    # Batch for which SOLVER.BASE_LR is meant: the rate is multiplied by IMS_PER_BATCH / this. 0 =
+    # leave it alone.
     _C.INSTSEG.SCALE_LR_BATCH = 0
 
     # Exponential moving average of the weights; evaluation uses it when enabled.
-    _C.INSTSEG.EMA = CN()
+    _C.INSTSEG.EMA = CfgNode()
     _C.INSTSEG.EMA.ENABLED = False
     _C.INSTSEG.EMA.DECAY = 0.9998
     # The decay at step t is min(DECAY, (1 + t) / (WARMUP + t)).
     _C.INSTSEG.EMA.WARMUP = 10
 
     # Best checkpoint and early stop.
-    _C.INSTSEG.BEST = CN()
+    _C.INSTSEG.BEST = CfgNode()
     # Such as "segm/AP" (first test set) or "nuclei_val/segm/AP"; "" = off. Kept as model_best.pth.
     _C.INSTSEG.BEST.METRIC = ""
     # Evaluations without a better value before training stops; 0 = never.
@@ -79,6 +87,6 @@ def add_shared_config(cfg: CN) -> None:
     _C.INSTSEG.KEEP_CHECKPOINTS = 0
 
     # Metrics to Weights & Biases beside TensorBoard and metrics.json (needs the extra "logging").
-    _C.INSTSEG.WANDB = CN()
+    _C.INSTSEG.WANDB = CfgNode()
     _C.INSTSEG.WANDB.ENABLED = False
     _C.INSTSEG.WANDB.PROJECT = "instseg_ext"

@@ -52,14 +52,15 @@ def find_config(name_or_path: str) -> Path:
 
 
 def merge_file(cfg: CfgNode, path: Path) -> None:
-    """Merge a YAML file and its ``_BASE_`` files; tags that would construct Python objects are refused.
+    """Merge a YAML file and its ``_BASE_`` files, refusing tags that construct Python objects.
 
     Args:
         cfg: changed in place.
         path: the file.
 
     Raises:
-        ValueError: if the file is no valid YAML, asks for Python objects, or holds a value of the wrong type.
+        ValueError: if the file is no valid YAML, asks for Python objects, or holds a value of the
+            wrong type.
         KeyError: if it holds an unknown key; the message lists the nearest keys.
     """
     try:
@@ -81,7 +82,8 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[object]) -> frozenset[str]:
 
     Args:
         cfg: changed in place.
-        opts: ``[key, value, key, value, ...]``; values that are strings are read as Python literals if they are.
+        opts: ``[key, value, key, value, ...]``; values that are strings are read as Python literals
+            if they are.
 
     Returns:
         The keys that were set.
@@ -110,7 +112,8 @@ def _set(cfg: CfgNode, key: str, text: object) -> None:
     old = node[leaf]
     if isinstance(old, CfgNode):
         raise ValueError(
-            f"{key} is a group of keys, not a value; set one of {', '.join(f'{key}.{k}' for k in old)}."
+            f"{key} is a group of keys, not a value; set one of "
+            f"{', '.join(f'{key}.{k}' for k in old)}."
         )
     node[leaf] = _coerce(key, old, text)
 

@@ -29,8 +29,8 @@ def check_choice(key: str, value: str, allowed: Collection[str]) -> str:
 def resolve_device(cfg: CfgNode, typed: Collection[str] = ()) -> None:
     """Write a concrete device into ``MODEL.DEVICE``.
 
-    ``auto`` becomes ``cuda`` where there is one, else ``cpu``; so does detectron2's default ``cuda`` on a
-    machine without one, unless it was typed.
+    ``auto`` becomes ``cuda`` where there is one, else ``cpu``; so does detectron2's default
+    ``cuda`` on a machine without one, unless it was typed.
 
     Args:
         cfg: changed in place.
@@ -46,7 +46,8 @@ def resolve_device(cfg: CfgNode, typed: Collection[str] = ()) -> None:
     elif device.startswith("cuda") and not has_cuda:
         if "MODEL.DEVICE" in typed:
             raise ValueError(
-                f"MODEL.DEVICE {device} was asked for, but torch sees no CUDA device; `instseg doctor` says why."
+                f"MODEL.DEVICE {device} was asked for, but torch sees no CUDA device; "
+                "`instseg doctor` says why."
             )
         cfg.MODEL.DEVICE = "cpu"
 

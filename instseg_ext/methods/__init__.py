@@ -1,1 +1,1 @@
-"""One room per method; each shows a single ``METHOD`` record. Only ``instseg_ext.zoo`` knows them all."""
+"""One room per method, each with a single ``METHOD`` record; only the zoo knows them all."""

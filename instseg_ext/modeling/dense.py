@@ -1,4 +1,4 @@
-"""The base of all box-free, full-image methods: one way from loader dicts to losses or instances."""
+"""The base of all full-image methods: one way from loader dicts to losses or instances."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def dense_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def output_size(batched_input: dict, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) wanted for the results: the original image's, or else the network input's."""
+    """Return (height, width) of the results: the original image's, or else the network input's."""
     return batched_input.get("height", image_size[0]), batched_input.get("width", image_size[1])
 
 
 class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
     """Normalise, batch, run backbone and head, then losses or instances.
 
-    A subclass supplies ``losses`` and ``inference``. ``head(features)`` gives the same raw outputs in training
-    and inference, up to, not including, per-instance masks.
+    A subclass supplies ``losses`` and ``inference``. ``head(features)`` gives the same raw outputs
+    in training and inference, up to, not including, per-instance masks.
 
     Note:
-        An image's result may depend on the padding its batch gives it where a method uses coordinate
-        channels or group normalisation; each method says so.
+        An image's result may depend on the padding its batch gives it where a method uses
+        coordinate channels or group normalisation; each method says so.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
             head: maps that dict to raw outputs.
             pixel_mean: per channel, in the channel order of the input.
             pixel_std: likewise.
-            stretch_size: (height, width) to which each image is stretched before batching; (0, 0) = off.
+            stretch_size: (height, width) to which each image is stretched before batching; (0, 0) =
+                off.
             runtime: precision, memory format, mask options; default options if None.
         """
         super().__init__()
@@ -91,12 +92,13 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
             batched_inputs: loader dicts with ``image``: (C, H, W) uint8 or float, values 0..255.
 
         Returns:
-            A batch padded at the bottom and right with zeros, which is the mean colour, in the model's memory
-            format; ``image_sizes`` are the sizes before padding.
+            A batch padded at the bottom and right with zeros, which is the mean colour, in the
+            model's memory format; ``image_sizes`` are the sizes before padding.
         """
         images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
         if any(self.stretch_size):
-            # Stretch before normalising, as the training mapper does: both then give the same tensor.
+            # Stretch before normalising, as the training mapper does: both then give the same
+            # tensor.
             images = [stretch(image, self.stretch_size) for image in images]
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]
         batch = ImageList.from_tensors(
@@ -107,11 +109,11 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
         return ImageList(self.to_memory_format(batch.tensor), batch.image_sizes)
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
-        """Return the losses in training, else ``[{"instances": Instances}, ...]`` at the original image sizes.
+        """Return the losses in training, else ``[{"instances": ...}, ...]`` at the original sizes.
 
         Args:
-            batched_inputs: dicts with ``image``, and ``instances`` in training, ``height`` and ``width`` (the
-                output size) in inference.
+            batched_inputs: dicts with ``image``, and ``instances`` in training, ``height`` and
+                ``width`` (the output size) in inference.
 
         Raises:
             ValueError: if an image has no ``instances`` in training.
@@ -142,7 +144,8 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
         Args:
             raw: what ``head`` returned.
             images: the padded batch.
-            gt_instances: per image ``gt_boxes``, ``gt_classes``, ``gt_masks``, at the network input's scale.
+            gt_instances: per image ``gt_boxes``, ``gt_classes``, ``gt_masks``, at the network
+                input's scale.
         """
 
     @abstractmethod

@@ -57,7 +57,7 @@ class RuntimeOptions:
 
 
 class RuntimeMixin:
-    """Adds ``precision()``, the memory format and the mask options to an ``nn.Module`` with a ``device``."""
+    """Adds precision, memory format and mask options to an ``nn.Module`` that has a ``device``."""
 
     mask_output: str
     mask_budget_mb: int
@@ -73,7 +73,7 @@ class RuntimeMixin:
         self.to(memory_format=self.memory_format)
 
     def precision(self) -> AbstractContextManager:
-        """Return the autocast context under which backbone and head run; for stages called outside ``forward``."""
+        """Return the context under which backbone and head run, also outside ``forward``."""
         device_type = self.device.type
         if device_type == "meta" or self._dtype is torch.float32:
             # An explicit fp32 context also shields a model from an autocast that a caller left on.

@@ -1,17 +1,16 @@
-"""Config files are found by name, loaded without running code, and overridden with checked types."""
+"""Config files are found by name, loaded without running code, and overridden by type."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.config import CfgNode as CN
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 
 import instseg_ext
 from instseg_ext import config, zoo
 
 
-@pytest.fixture()
+@pytest.fixture
 def cfg():
     cfg = get_cfg()
     config.add_shared_config(cfg)
@@ -127,9 +126,9 @@ def test_detectron2_defaults_are_untouched():
     plain, extended = get_cfg(), get_cfg()
     instseg_ext.add_instseg_config(extended)
 
-    def assert_contains(inner: CN, outer: CN, path: str):
+    def assert_contains(inner: CfgNode, outer: CfgNode, path: str):
         for key, value in inner.items():
-            if isinstance(value, CN):
+            if isinstance(value, CfgNode):
                 assert_contains(value, outer[key], f"{path}{key}.")
             else:
                 assert outer[key] == value, f"{path}{key}"

@@ -36,14 +36,9 @@ def case(request):
     return request.param
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(case):
     return build_model(case.cfg())
-
-
-def detecting(model):
-    """Let an untrained model find something: every score threshold is low in the tiny configs' copies."""
-    return model.eval()
 
 
 def low_thresholds(cfg):
@@ -56,7 +51,7 @@ def low_thresholds(cfg):
     return cfg
 
 
-@pytest.fixture()
+@pytest.fixture
 def eager_model(case):
     """A model whose thresholds let the untrained scores through."""
     return build_model(low_thresholds(case.cfg())).eval()
