@@ -41,7 +41,12 @@ CASES = [
     Case(
         "SOLOv2",
         "SOLO/nuclei_solov2_R_18_FPN",
-        (),
+        (
+            "MODEL.SOLO.CONV_DIM", 32,
+            "MODEL.SOLO.NUM_CONVS", 1,
+            "MODEL.SOLO.KERNEL_DIM", 32,
+            "MODEL.SOLO.MASK_FEATURES.CONV_DIM", 32,
+        ),
         sees_padding=True,
     ),
     Case(
