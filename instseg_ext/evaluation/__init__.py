@@ -1,0 +1,28 @@
+"""Accuracy and speed of trained models."""
+
+from instseg_ext.evaluation.build import build_evaluator
+from instseg_ext.evaluation.coco import InstSegCOCOEvaluator, instances_to_results
+from instseg_ext.evaluation.coco_ap import (
+    average_precision,
+    average_precision_backend,
+    load_ground_truth,
+)
+from instseg_ext.evaluation.report import write_json
+from instseg_ext.evaluation.runner import evaluate, inference_mode, run_inference
+from instseg_ext.evaluation.timing import STAGES, StageTimer, stage_modules
+
+__all__ = [
+    "STAGES",
+    "InstSegCOCOEvaluator",
+    "StageTimer",
+    "average_precision",
+    "average_precision_backend",
+    "build_evaluator",
+    "evaluate",
+    "inference_mode",
+    "instances_to_results",
+    "load_ground_truth",
+    "run_inference",
+    "stage_modules",
+    "write_json",
+]

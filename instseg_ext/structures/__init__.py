@@ -1,0 +1,1 @@
+"""Containers and encodings that detectron2 lacks."""

@@ -1,0 +1,121 @@
+"""Run-length encoding of instance masks, equal to COCO's compressed form but quick on sparse masks.
+
+pycocotools scans every pixel of the image for every mask. Here the tight box of each mask is found
+first and only its pixels are scanned, which matters when 100 small objects lie in a large image.
+
+Shapes: N masks, (H, W) image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+__all__ = ["decode_masks", "encode_masks", "is_rle"]
+
+
+def is_rle(segmentation: object) -> bool:
+    """Tell whether ``segmentation`` is a COCO run-length dictionary (compressed or not)."""
+    return isinstance(segmentation, Mapping) and {"size", "counts"} <= set(segmentation)
+
+
+def encode_masks(masks: torch.Tensor | np.ndarray) -> list[dict[str, Any]]:
+    """Encode full-image masks as COCO RLE with ``counts`` as text, ready for JSON.
+
+    Args:
+        masks: (N, H, W) bool, or any dtype whose non-zero entries are the object; on any device.
+            Not modified.
+
+    Returns:
+        N dictionaries ``{"size": [H, W], "counts": str}``; the empty list for N = 0.
+
+    Raises:
+        ValueError: if ``masks`` does not have three dimensions.
+    """
+    if masks.ndim != 3:
+        raise ValueError(f"masks must have shape (N, H, W), got {tuple(masks.shape)}.")
+    stack = masks.detach().cpu().numpy() if isinstance(masks, torch.Tensor) else masks
+    if stack.dtype != np.bool_:
+        stack = stack != 0
+    height, width = stack.shape[1:]
+    if len(stack) == 0 or height == 0 or width == 0:
+        return [{"size": [height, width], "counts": ""} for _ in stack]
+    plain = [{"size": [height, width], "counts": _run_lengths(mask)} for mask in stack]
+    encoded = coco_mask.frPyObjects(plain, height, width)
+    for rle in encoded:
+        rle["size"] = [height, width]
+        rle["counts"] = rle["counts"].decode("ascii")
+    return encoded
+
+
+def _run_lengths(mask: np.ndarray) -> np.ndarray:
+    """Give alternating run lengths, background first, of one (H, W) bool mask by column."""
+    height, width = mask.shape
+    rows = np.flatnonzero(mask.any(axis=1))
+    if rows.size == 0:
+        return np.array([height * width], dtype=np.int64)
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    band = mask[top:bottom]
+    columns = np.flatnonzero(band.any(axis=0))
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    # One zero above each column separates it from its neighbour, so one flat difference finds all
+    # runs.
+    padded = np.zeros((right - left, bottom - top + 1), dtype=np.int8)
+    padded[:, 1:] = band[:, left:right].T
+    flat = padded.ravel()
+    change = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    if change.size % 2:
+        change = np.append(change, flat.size)
+    column, row = np.divmod(change, bottom - top + 1)
+    # A run that reaches the foot of the box ends where the next padded column begins (row 0): row -
+    # 1 = -1 must become "bottom of the previous column".
+    at_foot = row == 0
+    column = column - at_foot
+    row = np.where(at_foot, bottom - top, row - 1)
+    position = (column + left) * height + row + top
+    if bottom - top == height:
+        position = _merge_touching(position)
+    bounds = np.concatenate(([0], position, [height * width]))
+    lengths = np.diff(bounds)
+    return lengths if lengths[-1] else lengths[:-1]
+
+
+def _merge_touching(position: np.ndarray) -> np.ndarray:
+    """Drop (end, start) pairs that coincide: a run goes on from one column into the next."""
+    same = np.flatnonzero(position[1:-1:2] == position[2::2])
+    drop = np.concatenate((2 * same + 1, 2 * same + 2))
+    return np.delete(position, drop)
+
+
+def decode_masks(
+    rles: Sequence[Mapping[str, Any]], size_hw: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Decode COCO RLE dictionaries into full-image masks.
+
+    Args:
+        rles: N run-length dictionaries of one size; ``counts`` as text, bytes or a list of run
+            lengths.
+        size_hw: (H, W) of the result when ``rles`` is empty.
+
+    Returns:
+        (N, H, W) bool, C-ordered.
+    """
+    if len(rles) == 0:
+        return np.zeros((0, *(size_hw or (0, 0))), dtype=bool)
+    packed = [_compressed(rle) for rle in rles]
+    stack = coco_mask.decode(packed)  # (H, W, N) uint8, Fortran order: its transpose is contiguous
+    return np.ascontiguousarray(stack.transpose(2, 0, 1)).view(bool)
+
+
+def _compressed(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring text, bytes or listed counts into the compressed form that pycocotools decodes."""
+    if isinstance(rle["counts"], (list, tuple)):
+        height, width = rle["size"]
+        return coco_mask.frPyObjects(
+            {"size": [height, width], "counts": list(rle["counts"])}, height, width
+        )
+    return {"size": list(rle["size"]), "counts": rle["counts"]}
