@@ -5,7 +5,7 @@ Shapes: N masks, H x W image pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ __all__ = [
     "empty_boxes",
     "encode_rle",
     "masks_per_chunk",
+    "rle_boxes",
     "tight_boxes",
 ]
 
@@ -98,6 +99,22 @@ def encode_rle(masks: Tensor) -> RLEList:
         rle = coco_mask.encode(by_column.T[:, :, None])[0]
         out.append({"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")})
     return out
+
+
+def rle_boxes(rles: Sequence[dict[str, Any]]) -> Tensor:
+    """Return the tightest box around each encoded mask.
+
+    Args:
+        rles: COCO RLE dictionaries.
+
+    Returns:
+        (N, 4) float32 on the CPU, as ``tight_boxes``.
+    """
+    if not rles:
+        return empty_boxes()
+    xywh = torch.from_numpy(coco_mask.toBbox(list(rles)))
+    some = (xywh[:, 2:] > 0).all(dim=1, keepdim=True)
+    return (torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1) * some).float()
 
 
 def masks_per_chunk(bytes_per_mask: int, budget_mb: float) -> int:

@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from ..layers.mask_ops import (
+from instseg_ext.layers.mask_ops import (
     RLEList,
     chunk_slices,
     empty_boxes,
     encode_rle,
     masks_per_chunk,
+    rle_boxes,
     tight_boxes,
 )
+from instseg_ext.layers.mask_resize import ThresholdedResize, axis_map, exact_float32_matmul
 
 __all__ = [
     "Crop",
@@ -53,6 +55,7 @@ class Crop:
 
 
 Step = Resize | Crop
+_FEWEST_FOR_MAPS = 3  # for fewer masks, composing the axis maps costs more than it saves
 Probs = Tensor | Callable[[slice], Tensor]
 
 
@@ -82,20 +85,81 @@ def _output_size(low_hw: tuple[int, int], steps: Sequence[Step]) -> tuple[int, i
     return size
 
 
-def _bytes_per_mask(low_hw: tuple[int, int], steps: Sequence[Step]) -> int:
-    """Return the peak bytes of one mask: both maps of the hungriest step and three bool planes.
-
-    The bool planes are the result, its transposed copy for RLE and the caller's own copy.
-    """
+def _step_bytes(low_hw: tuple[int, int], steps: Sequence[Step]) -> int:
+    """Return the peak bytes of one mask's float maps: input and output of the hungriest step."""
     size, peak = low_hw, low_hw[0] * low_hw[1] * 4
     for step in steps:
         after = (int(step.size_hw[0]), int(step.size_hw[1]))
         if isinstance(step, Resize):
             peak = max(peak, 4 * (size[0] * size[1] + after[0] * after[1]))
             size = after
-        # a crop is a view: the memory of the map before it stays alive, so `size` is left as it is
-    final = _output_size(low_hw, steps)
-    return peak + 3 * final[0] * final[1]
+        # a crop is a view: the map before it stays alive, so `size` is left as it is
+    return peak
+
+
+class _MaskMaker:
+    """Float maps to full-image bool masks, by the fastest way that gives the same bits."""
+
+    def __init__(
+        self,
+        low_hw: tuple[int, int],
+        steps: Sequence[Step],
+        threshold: float,
+        num: int,
+        device: torch.device,
+    ) -> None:
+        self._steps, self._threshold = steps, threshold
+        self._resizes = sum(isinstance(step, Resize) for step in steps)
+        self._step_bytes = _step_bytes(low_hw, steps)
+        height, width = _output_size(low_hw, steps)
+        # the result, its transposed copy for RLE, the caller's copy
+        self._plane_bytes = 3 * height * width
+        self._low_bytes = 2 * 4 * low_hw[0] * low_hw[1]
+        self._fast = None
+        if device.type == "cpu" and num >= _FEWEST_FOR_MAPS and exact_float32_matmul():
+            self._fast = self._build_fast(low_hw)
+
+    def _build_fast(self, low_hw: tuple[int, int]) -> ThresholdedResize | None:
+        maps = [
+            axis_map(
+                low_hw[axis],
+                tuple(
+                    ("crop" if isinstance(step, Crop) else "resize", int(step.size_hw[axis]))
+                    for step in self._steps
+                ),
+            )
+            for axis in (0, 1)
+        ]
+        if None in maps:
+            return None
+        return ThresholdedResize(
+            *maps,
+            num_resizes=self._resizes,
+            threshold=self._threshold,
+            step_by_step=self._step_by_step,
+        )
+
+    def per_chunk(self, budget_mb: float) -> int:
+        """Return how many masks to make at once."""
+        if self._fast is None:
+            return masks_per_chunk(self._step_bytes + self._plane_bytes, budget_mb)
+        # float maps exist for one mask at a time, when it has to be made step by step
+        spare_mb = budget_mb - self._step_bytes / 2**20
+        return masks_per_chunk(self._low_bytes + self._plane_bytes, spare_mb)
+
+    @torch.no_grad()
+    def __call__(self, probs: Tensor, by_column: bool) -> Tensor:
+        """Return (n, H0, W0) bool for (n, h, w) probabilities; ``by_column`` may be honoured."""
+        with torch.autocast(probs.device.type, enabled=False):
+            probs = probs.float()
+            if self._fast is None:
+                return self._step_by_step(probs)
+            if self._fast.applicable(probs, self._resizes, self._threshold):
+                return self._fast(probs, by_column)
+            return torch.cat([self._step_by_step(p) for p in probs.split(1)])
+
+    def _step_by_step(self, probs: Tensor) -> Tensor:
+        return _apply(probs, self._steps) > self._threshold
 
 
 def iter_masks(
@@ -105,6 +169,7 @@ def iter_masks(
     budget_mb: float = 256,
     *,
     num: int | None = None,
+    by_column: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield full-image masks in chunks whose working memory stays under a budget.
 
@@ -116,6 +181,8 @@ def iter_masks(
         budget_mb: MiB that the float maps of all steps and the masks of one chunk may take
             together. A chunk has at least one mask, whatever it needs.
         num: N; needed when ``probs`` is a function.
+        by_column: masks may come as a transposed view of (n, W0, H0) memory, the order in which
+            ``encode_rle`` reads them; the values are the same.
 
     Yields:
         ``(slice, masks)`` with ``masks`` (n, H0, W0) bool on the device of the probabilities, in
@@ -125,26 +192,19 @@ def iter_masks(
         ValueError: if ``num`` is missing for a function, or a crop exceeds its map.
     """
     if isinstance(probs, Tensor):
-        num, table = len(probs), probs
-        probs = table.__getitem__
-        low_hw = (int(table.shape[1]), int(table.shape[2]))
+        num, get = len(probs), probs.__getitem__
     elif num is None:
         raise ValueError("iter_masks needs num=, the number of instances, when probs is a function")
-    elif num:
-        low_hw = tuple(int(s) for s in probs(slice(0, 1)).shape[1:])
+    else:
+        get = probs
     if not num:
         return
-    _output_size(low_hw, steps)
-    per_chunk = masks_per_chunk(_bytes_per_mask(low_hw, steps), budget_mb)
-    for index in chunk_slices(num, per_chunk):
-        yield index, _threshold_chunk(probs(index), steps, threshold)
-
-
-@torch.no_grad()
-def _threshold_chunk(probs: Tensor, steps: Sequence[Step], threshold: float) -> Tensor:
-    """Return (n, H0, W0) bool for one chunk of (n, h, w) probabilities."""
-    with torch.autocast(probs.device.type, enabled=False):
-        return _apply(probs.float(), steps) > threshold
+    first = get(slice(0, 1))
+    low_hw = (int(first.shape[1]), int(first.shape[2]))
+    make = _MaskMaker(low_hw, steps, threshold, num, first.device)
+    del first
+    for index in chunk_slices(num, make.per_chunk(budget_mb)):
+        yield index, make(get(index), by_column)
 
 
 def collect_masks(
@@ -184,12 +244,15 @@ def collect_masks(
                 f"the mask steps end at {tuple(masks.shape[1:])} (height, width) but the image "
                 f"is {tuple(image_size)}"
             )
-        if with_boxes:
-            boxes.append(tight_boxes(masks).to(device))
         if output == "rle":
-            rles.extend(encode_rle(masks))
+            encoded = encode_rle(masks)
+            rles.extend(encoded)
         else:
             stack[index] = masks.to(device)
+        if with_boxes:
+            # reading the run lengths is far cheaper than reading the pixels again
+            tight = rle_boxes(encoded) if output == "rle" else tight_boxes(masks)
+            boxes.append(tight.to(device))
     return (rles if output == "rle" else stack), (torch.cat(boxes) if with_boxes else None)
 
 
@@ -226,7 +289,7 @@ def masks_to_instances(
     """
     num = len(scores)
     image_size = (int(image_size[0]), int(image_size[1]))
-    chunks = iter_masks(probs, steps, threshold, budget_mb, num=num)
+    chunks = iter_masks(probs, steps, threshold, budget_mb, num=num, by_column=output == "rle")
     masks, tight = collect_masks(
         chunks, num, image_size, output=output, device=scores.device, with_boxes=boxes is None
     )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
+from instseg_ext.layers.mask_ops import rle_boxes
 from instseg_ext.modeling.masks import (
     Crop,
     Resize,
@@ -55,15 +56,32 @@ def blobs(num, height, width, seed=0):
     return probs
 
 
-@pytest.mark.parametrize("budget_mb", [1e-6, 0.2, 256])
+@pytest.fixture(params=["windowed", "step by step"])
+def way(request, monkeypatch):
+    """Run a test with and without the windowed path."""
+    if request.param == "step by step":
+        monkeypatch.setattr("instseg_ext.modeling.masks.exact_float32_matmul", lambda: False)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("budget_mb", [1e-6, 0.1, 256])
 def test_chunks_cover_all_and_equal_the_plain_loop(budget_mb):
     probs = blobs(9, 16, 24)
     chunks = list(iter_masks(probs, STEPS, budget_mb=budget_mb))
     assert torch.equal(torch.cat([m for _, m in chunks]), plain_masks(probs, STEPS))
     assert [i for s, _ in chunks for i in range(9)[s]] == list(range(9))
-    assert len(chunks) == {1e-6: 9, 256: 1}.get(budget_mb, len(chunks))
-    if budget_mb == 0.2:
+    if budget_mb == 0.1:
         assert 1 < len(chunks) < 9
+    else:
+        assert len(chunks) == {1e-6: 9, 256: 1}[budget_mb]
+
+
+def test_values_that_are_no_probabilities():
+    probs = 4 * blobs(9, 16, 24) - 2
+    masks = torch.cat([m for _, m in iter_masks(probs, STEPS, threshold=-0.5)])
+    assert torch.equal(masks, plain_masks(probs, STEPS, -0.5))
+    probs[3, 2, 2] = torch.nan
+    assert torch.equal(next(iter_masks(probs, STEPS))[1], plain_masks(probs, STEPS))
 
 
 def test_function_of_slices_equals_tensor():
@@ -85,8 +103,9 @@ def test_threshold_is_strict_and_steps_are_not_fused():
     assert not torch.equal(two, plain_masks(noise, [Resize((9, 7))]))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("output", ["bool", "rle"])
-@pytest.mark.parametrize("num", [0, 6])
+@pytest.mark.parametrize("num", [0, 2, 6])
 def test_instances_fields(output, num):
     probs = blobs(6, 16, 24)[:num].half()
     scores, classes = torch.rand(num).half(), torch.arange(num, dtype=torch.int32)
@@ -109,7 +128,7 @@ def test_instances_fields(output, num):
         assert all(torch.equal(a, b) for a, b in zip(decoded, expected, strict=True))
     if num:
         assert torch.equal(result.pred_boxes.tensor, loop_boxes(expected))
-        assert len(result[result.pred_classes > 2]) == 3
+        assert len(result[result.pred_classes > 0]) == num - 1
         assert result.pred_boxes.tensor[0].tolist() == [0, 0, 0, 0]
 
 
@@ -142,6 +161,13 @@ def test_rle_of_both_memory_orders_and_json():
         assert isinstance(rle["counts"], str)
         assert rle["size"] == [47, 71]
         assert np.array_equal(coco_mask.decode(rle).astype(bool), mask.numpy())
+
+
+def test_boxes_of_run_lengths():
+    masks = torch.cat([plain_masks(blobs(8, 16, 24), STEPS), torch.zeros(3, 47, 71).bool()])
+    masks[-3, 46, 70] = masks[-2, :, 5] = masks[-1, 9] = True
+    assert torch.equal(rle_boxes(encode_rle(masks)), loop_boxes(masks))
+    assert rle_boxes([]).shape == (0, 4)
 
 
 def test_rle_list_indexes_like_a_tensor():

@@ -1,0 +1,212 @@
+"""Resize probabilities and threshold them on the CPU, only where a mask can be.
+
+A chain of bilinear resizes and top-left crops is linear and separable: ``out = R @ probs @ C.T``
+with one sparse, banded matrix per axis. ``ThresholdedResize`` applies both to the part of the map
+that can exceed the threshold, block by block. Rounding differs from the step-by-step path by a
+known bound; a mask with a pixel closer to the threshold than that bound is made step by step, so
+that every result is bit-equal.
+
+Shapes: h x w low-resolution map, H x W output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["AxisMap", "ThresholdedResize", "axis_map", "exact_float32_matmul"]
+
+_UNIT_ROUNDOFF = 2.0**-24
+_BLOCK = 256  # output lines per matrix product: keeps the band narrow and the values in cache
+_MAX_MATRIX = 2**25  # elements; a larger axis matrix (128 MiB) is not worth building
+_MAX_RESIZES = 3  # the error bound doubles its tap count with each
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """One axis of a chain of resizes and crops.
+
+    Attributes:
+        weights: (L_out, L_in) float32; row o holds the weights of output line o.
+        first: (L_out,) int64, non-decreasing: first input line with a weight.
+        last: (L_out,) int64, non-decreasing: last input line with a weight.
+    """
+
+    weights: Tensor
+    first: Tensor
+    last: Tensor
+
+    def window(self, low: int, high: int) -> tuple[int, int]:
+        """Return the output lines [start, end) that see any of the input lines [low, high)."""
+        start = int(torch.searchsorted(self.last, low))
+        end = int(torch.searchsorted(self.first, high - 1, right=True))
+        return start, max(start, end)
+
+    def band(self, start: int, end: int) -> tuple[int, int]:
+        """Return the input lines [low, high) that the output lines [start, end) see."""
+        return int(self.first[start]), int(self.last[end - 1]) + 1
+
+
+@lru_cache(maxsize=8)  # images of a folder or a video share their sizes
+def axis_map(length: int, steps: tuple[tuple[str, int], ...]) -> AxisMap | None:
+    """Compose the steps of one axis.
+
+    The weights are read off ``F.interpolate`` itself: they carry the rounding of its coordinates.
+
+    Args:
+        length: input lines.
+        steps: ("resize" | "crop", lines after the step), in order.
+
+    Returns:
+        The map, or None when a matrix would grow too large to be worth it.
+    """
+    if length * max(length, *(size for _, size in steps), 1) > _MAX_MATRIX:
+        return None
+    total = torch.eye(length, dtype=torch.float64)
+    for kind, size in steps:
+        if kind == "crop":
+            total = total[:size]
+        elif size != total.shape[0]:
+            weights, lines = _taps(total.shape[0], size)
+            total = sum(weights[:, k, None] * total[lines[:, k]] for k in range(3))
+    seen = total > 0
+    first = seen.to(torch.uint8).argmax(dim=1)
+    last = length - 1 - seen.flip(1).to(torch.uint8).argmax(dim=1)
+    # With a zero weight at its edge a line may start later than the next one; the window only has
+    # to hold every line with a weight, and searchsorted needs order.
+    first = first.flip(0).cummin(0).values.flip(0).contiguous()
+    return AxisMap(total.float(), first, last.cummax(0).values.contiguous())
+
+
+def _taps(length: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return the weights (size, 3) float64 and the input lines (size, 3) of one bilinear resize.
+
+    Resizing three indicator signals, of the lines 0, 1 and 2 modulo 3, tells the weight of each
+    residue. The at most two lines with a weight are among the three around the source coordinate,
+    whose residues differ.
+    """
+    residue = torch.arange(length)[:, None] % 3 == torch.arange(3)
+    weights = F.interpolate(
+        residue.float()[None, None], (size, 3), mode="bilinear", align_corners=False
+    )[0, 0]
+    source = (torch.arange(size, dtype=torch.float64) + 0.5) * (length / size) - 0.5
+    lines = source.clamp(0, length - 1).round().long()[:, None] + torch.arange(-1, 2)
+    inside = (lines >= 0) & (lines < length)
+    weights = weights.double().gather(1, lines % 3) * inside
+    return weights, lines.clamp(0, length - 1)
+
+
+def exact_float32_matmul() -> bool:
+    """Return whether float32 matrix products on the CPU are computed in float32."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return False
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    return getattr(matmul, "fp32_precision", "none") in ("none", "ieee")
+
+
+class ThresholdedResize:
+    """Make bool masks from low-resolution probabilities, bit-equal to the steps done one by one."""
+
+    def __init__(
+        self,
+        rows: AxisMap,
+        cols: AxisMap,
+        *,
+        num_resizes: int,
+        threshold: float,
+        step_by_step: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Keep the maps and derive the error bound.
+
+        Args:
+            rows: map of the first axis.
+            cols: map of the second axis.
+            num_resizes: resizes in the chain.
+            threshold: strict lower bound of a mask pixel, positive.
+            step_by_step: (1, h, w) float32 to (1, H, W) bool: the definition of the result.
+        """
+        self.rows, self.cols, self.threshold = rows, cols, threshold
+        self._step_by_step = step_by_step
+        # Smooth maps blown up 20 times have pixels near the threshold in every mask: after some
+        # failures the attempt is no longer made.
+        self._tried = self._failed = 0
+        # Relative to the value, all terms being non-negative: four roundings per step-by-step
+        # resize; here one for each of the 2**n taps and one for the product along each axis, one
+        # for each composed weight. Half as much again for good measure.
+        roundings = 4 * num_resizes + 2 * (2**num_resizes + 1) + 2
+        self._tolerance = 1.5 * roundings * _UNIT_ROUNDOFF * threshold
+
+    @staticmethod
+    def applicable(probs: Tensor, num_resizes: int, threshold: float) -> bool:
+        """Return whether the bound holds: CPU, finite values >= 0, positive threshold."""
+        if probs.device.type != "cpu" or not 0 < num_resizes <= _MAX_RESIZES or threshold <= 0:
+            return False
+        return bool(probs.numel() and probs.amin() >= 0 and probs.amax() < 1e6)
+
+    def __call__(self, probs: Tensor, by_column: bool = False) -> Tensor:
+        """Return (n, H, W) bool masks.
+
+        Args:
+            probs: (n, h, w) float32, ``applicable``.
+            by_column: lay the result out as (n, W, H) in memory, as COCO's run lengths read it.
+        """
+        rows, cols = self.rows, self.cols
+        if by_column:
+            probs, rows, cols = probs.transpose(1, 2), cols, rows
+        out = torch.zeros(
+            (len(probs), rows.weights.shape[0], cols.weights.shape[0]), dtype=torch.bool
+        )
+        # Where every tap is this far below the threshold, no rounding lifts the result above it.
+        support = probs > self.threshold * (1 - 1e-5)
+        windows = _spans(support.any(dim=2)), _spans(support.any(dim=1))
+        for i, (row_span, col_span) in enumerate(zip(*windows, strict=True)):
+            if row_span[0] == row_span[1]:
+                continue
+            self._tried += 1
+            hopeless = self._failed > max(4, self._tried // 3)
+            if hopeless or not self._fill(out[i], probs[i], rows, cols, row_span, col_span):
+                self._failed += 1
+                plane = probs[i].t() if by_column else probs[i]
+                exact = self._step_by_step(plane[None].contiguous())[0]
+                out[i] = exact.t() if by_column else exact
+        return out.transpose(1, 2) if by_column else out
+
+    def _fill(
+        self,
+        out: Tensor,
+        probs: Tensor,
+        rows: AxisMap,
+        cols: AxisMap,
+        row_span: tuple[int, int],
+        col_span: tuple[int, int],
+    ) -> bool:
+        """Write one mask into ``out``; False when a pixel is too close to the threshold."""
+        top, bottom = rows.window(*row_span)
+        left, right = cols.window(*col_span)
+        if top == bottom or left == right:
+            return True
+        low, high = cols.band(left, right)
+        wide = probs[:, low:high] @ cols.weights[left:right, low:high].t()
+        for start in range(top, bottom, _BLOCK):
+            end = min(start + _BLOCK, bottom)
+            low, high = rows.band(start, end)
+            value = rows.weights[start:end, low:high] @ wide[low:high]
+            value -= self.threshold
+            torch.gt(value, 0, out=out[start:end, left:right])
+            if value.abs_().amin() <= self._tolerance:
+                return False
+        return True
+
+
+def _spans(hit: Tensor) -> list[tuple[int, int]]:
+    """Return [first, end) of the True entries of each row of (N, L) bool; (0, 0) if none."""
+    hit = hit.to(torch.uint8)
+    first = hit.argmax(dim=1)
+    end = hit.shape[1] - hit.flip(1).argmax(dim=1)
+    some = hit.amax(dim=1)
+    return list(zip((first * some).tolist(), (end * some).tolist(), strict=True))

@@ -1,0 +1,150 @@
+"""The windowed mask path against the plain chain of resizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instseg_ext.layers.mask_resize import ThresholdedResize, axis_map, exact_float32_matmul
+
+CHAINS = {
+    "two-stage": [("resize", (64, 96)), ("crop", (60, 83)), ("resize", (47, 71))],
+    "one-stage": [("resize", (61, 97))],
+    "shrink": [("resize", (5, 7))],
+    "large": [("resize", (64, 96)), ("crop", (64, 95)), ("resize", (530, 311))],
+    "one axis only": [("resize", (16, 50))],
+    "crop last": [("resize", (50, 70)), ("crop", (33, 41))],
+}
+
+
+def plain(probs, steps, threshold):
+    for kind, (height, width) in steps:
+        if kind == "crop":
+            probs = probs[:, :height, :width]
+        else:
+            probs = F.interpolate(
+                probs[:, None], (height, width), mode="bilinear", align_corners=False
+            )[:, 0]
+    return probs > threshold
+
+
+def build(low_hw, steps, threshold, calls=None):
+    def step_by_step(probs):
+        if calls is not None:
+            calls.append(len(probs))
+        return plain(probs, steps, threshold)
+
+    maps = [axis_map(low_hw[k], tuple((kind, size[k]) for kind, size in steps)) for k in (0, 1)]
+    num = sum(kind == "resize" for kind, _ in steps)
+    return ThresholdedResize(*maps, num_resizes=num, threshold=threshold, step_by_step=step_by_step)
+
+
+def smooth_maps(num, height, width, seed):
+    """Blobs anywhere, cut by all borders, plus pure noise, one pixel, nothing, everything."""
+    gen = torch.Generator().manual_seed(seed)
+    noise = torch.rand(num, 1, 3, 3, generator=gen)
+    probs = F.interpolate(noise, (height, width), mode="bicubic", align_corners=False)[:, 0]
+    probs = probs.clamp(0, 1)
+    probs[0] = 0
+    probs[1] = 0.99
+    probs[2] = torch.rand(height, width, generator=gen)
+    probs[3] = 0
+    probs[3, torch.randint(height, (), generator=gen), width - 1] = 1
+    probs[4] = 0
+    probs[4, 0, torch.randint(width, (), generator=gen)] = 1
+    return probs
+
+
+@pytest.mark.parametrize("steps", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("by_column", [False, True])
+def test_equals_plain_bit_for_bit(steps, by_column):
+    calls = []
+    for seed, threshold in enumerate([0.5, 0.3, 0.9]):
+        probs = smooth_maps(24, 16, 24, seed)
+        fast = build((16, 24), steps, threshold, calls)
+        masks = fast(probs, by_column)
+        assert masks.shape == plain(probs, steps, threshold).shape
+        assert masks.dtype == torch.bool
+        assert torch.equal(masks, plain(probs, steps, threshold))
+        assert masks.transpose(1, 2).is_contiguous() == by_column
+    assert len(calls) < 20, "nearly all masks must take the fast way"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    low=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    mid=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    keep=st.tuples(st.floats(0.3, 1), st.floats(0.3, 1)),
+    out=st.tuples(st.integers(1, 80), st.integers(1, 80)),
+    seed=st.integers(0, 99),
+)
+def test_any_sizes(low, mid, keep, out, seed):
+    crop = tuple(max(1, int(m * k)) for m, k in zip(mid, keep, strict=True))
+    steps = [("resize", mid), ("crop", crop), ("resize", out)]
+    probs = smooth_maps(8, *low, seed)
+    assert torch.equal(build(low, steps, 0.5)(probs), plain(probs, steps, 0.5))
+
+
+def test_values_at_the_threshold_go_step_by_step():
+    calls = []
+    steps = CHAINS["two-stage"]
+    probs = torch.zeros(2, 16, 24)
+    probs[0, 4:9, 4:9] = 0.5  # a plateau exactly at the threshold
+    probs[1, 4:9, 4:9] = 0.7
+    masks = build((16, 24), steps, 0.5, calls)(probs)
+    assert torch.equal(masks, plain(probs, steps, 0.5))
+    assert calls == [1]
+
+
+def test_crisp_masks():
+    # 0/1 maps put the exact value one half on whole edges
+    probs = (smooth_maps(12, 16, 24, 5) > 0.5).float()
+    for steps in CHAINS.values():
+        assert torch.equal(build((16, 24), steps, 0.5)(probs), plain(probs, steps, 0.5))
+
+
+def test_axis_map_is_the_chain():
+    steps = (("resize", 37), ("crop", 31), ("resize", 52))
+    mapped = axis_map(9, steps)
+    signal = torch.rand(1, 1, 9, 1)
+    value = F.interpolate(signal, (37, 1), mode="bilinear", align_corners=False)[:, :, :31]
+    value = F.interpolate(value, (52, 1), mode="bilinear", align_corners=False)
+    assert torch.allclose(mapped.weights @ signal[0, 0], value[0, 0], atol=1e-6)
+    for line in range(52):
+        low, high = mapped.band(line, line + 1)
+        rest = mapped.weights[line].clone()
+        rest[low:high] = 0
+        assert not rest.any()
+
+
+@pytest.mark.parametrize("length", [5000, 4096, 1333])
+def test_long_axes_keep_the_rounding_of_the_coordinates(length):
+    mapped = axis_map(333, (("resize", length),))
+    expected = F.interpolate(
+        torch.eye(333)[None, None], (length, 333), mode="bilinear", align_corners=False
+    )
+    assert torch.equal(mapped.weights, expected[0, 0])
+
+
+def test_not_applicable_where_the_bound_does_not_hold():
+    probs = torch.rand(2, 4, 4)
+    assert ThresholdedResize.applicable(probs, 1, 0.5)
+    assert not ThresholdedResize.applicable(probs - 1, 1, 0.5)
+    assert not ThresholdedResize.applicable(probs, 0, 0.5)
+    assert not ThresholdedResize.applicable(probs, 4, 0.5)
+    assert not ThresholdedResize.applicable(probs, 1, 0.0)
+    assert not ThresholdedResize.applicable(torch.full_like(probs, torch.nan), 1, 0.5)
+    assert not ThresholdedResize.applicable(torch.full_like(probs, torch.inf), 1, 0.5)
+    assert axis_map(10000, (("resize", 20000),)) is None
+
+
+def test_reduced_precision_products_are_noticed():
+    assert exact_float32_matmul()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not exact_float32_matmul()
+    finally:
+        torch.set_float32_matmul_precision("highest")
