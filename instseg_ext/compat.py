@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
@@ -29,6 +30,7 @@ __all__ = [
     "DETECTRON2_INSTALL",
     "autocast",
     "call_supported",
+    "detectron2_ops",
     "detectron2_origin",
     "find_contours",
     "grad_scaler",
@@ -39,6 +41,8 @@ __all__ = [
     "require_torchvision_ops",
     "under_torchrun",
 ]
+
+MINIMUM_TORCH = (2, 6)  # torch.load with weights_only by default
 
 DETECTRON2_INSTALL = (
     "run `make env` in the checkout, or install the official source into this environment with "
@@ -127,13 +131,29 @@ def has_detectron2_ops() -> bool:
 
     Nothing of ours needs them; detectron2's own deformable and rotated layers do.
     """
+    return detectron2_ops() == "loaded"
+
+
+def detectron2_ops() -> str:
+    """Describe detectron2's compiled operators without importing them by name.
+
+    Returns:
+        ``"loaded"``; ``"broken"`` when there are some that do not load with this torch;
+        ``"absent"``, also without a usable detectron2.
+    """
     try:
         require_detectron2()
     except ImportError:
-        return False
+        return "absent"
     import torch
 
-    return hasattr(torch.ops.detectron2, "nms_rotated")
+    # detectron2.layers has tried to load them, and swallows the failure.
+    if hasattr(torch.ops.detectron2, "nms_rotated"):
+        return "loaded"
+    folder = _detectron2_folder()
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    built = folder is not None and any((folder / f"_C{suffix}").exists() for suffix in suffixes)
+    return "broken" if built else "absent"
 
 
 def detectron2_origin() -> str:
@@ -159,7 +179,7 @@ def detectron2_origin() -> str:
 
 @lru_cache(maxsize=1)
 def require_torchvision_ops() -> None:
-    """Check that torch and torchvision are there and fit together, by running a tiny NMS.
+    """Check that torch is new enough and torchvision fits it, by running a tiny NMS.
 
     Raises:
         ImportError: with one sentence that names the culprit and the remedy.
@@ -171,6 +191,9 @@ def require_torchvision_ops() -> None:
             f"torch cannot be imported ({_one_line(error)}): install torch >= 2.6 and the "
             "torchvision of the same release."
         ) from error
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if release < MINIMUM_TORCH:
+        raise ImportError(f"torch {torch.__version__} is too old: install torch >= 2.6.")
     remedy = f"install the torchvision release that belongs to torch {torch.__version__}"
     try:
         import torchvision
