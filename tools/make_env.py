@@ -139,7 +139,7 @@ def run(command: list, what: str) -> None:
 
 def pip(venv: Path, *arguments: object) -> None:
     """Run the environment's pip."""
-    quiet = ["--disable-pip-version-check", "-q"]
+    quiet = ["--disable-pip-version-check", "-qq" if arguments[0] == "uninstall" else "-q"]
     run([python_of(venv), "-m", "pip", arguments[0], *quiet, *arguments[1:]], "pip " + arguments[0])
 
 
@@ -215,8 +215,9 @@ def is_python_part(name: str) -> bool:
 
 def install_detectron2(venv: Path, spec: str, owned: bool) -> None:
     """Put detectron2 into the environment: the pinned wheel, or what the user asked for."""
-    if owned:
-        pip(venv, "uninstall", "-y", "detectron2", "sal-detectron2")
+    if owned and has_detectron2(venv):
+        for name in ("detectron2", "sal-detectron2"):
+            pip(venv, "uninstall", "-y", name)
     if spec:
         say(f"installing detectron2 from {spec}")
         pip(venv, "install", "--no-build-isolation", "--no-deps", "--force-reinstall", spec)
@@ -241,7 +242,7 @@ def fill(venv: Path, detectron2: str, extras: str, owned: bool) -> None:
     say("installing packages (torch is large: a few minutes)")
     # Building with the pinned setuptools, not in isolated folders: same result every day, and no
     # download per source package. Compiling what is imported is left to the first import.
-    pip(venv, "install", *pinned, "setuptools>=69,<82")
+    pip(venv, "install", *pinned, "setuptools>=77,<82")
     target = f"{ROOT}[{extras}]" if extras else str(ROOT)
     pip(venv, "install", *pinned, "--no-build-isolation", "--no-compile", "-e", target)
     install_detectron2(venv, detectron2, owned)
