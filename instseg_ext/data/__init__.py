@@ -1,0 +1,40 @@
+"""Data: registration, checks, augmentation, and the loaders of training and testing."""
+
+from instseg_ext.data.config import add_data_config
+from instseg_ext.data.loader import (
+    TrainLoader,
+    build_test_loader,
+    build_train_loader,
+    load_training_dicts,
+)
+from instseg_ext.data.mapper import InstSegDatasetMapper, build_mapper
+from instseg_ext.data.registration import (
+    add_registrations,
+    dataset_classes,
+    dataset_files,
+    ensure_files,
+    parse_register_flag,
+    register,
+    register_bundled,
+    register_from_config,
+)
+from instseg_ext.data.shapes import make_shapes
+
+__all__ = [
+    "InstSegDatasetMapper",
+    "TrainLoader",
+    "add_data_config",
+    "add_registrations",
+    "build_mapper",
+    "build_test_loader",
+    "build_train_loader",
+    "dataset_classes",
+    "dataset_files",
+    "ensure_files",
+    "load_training_dicts",
+    "make_shapes",
+    "parse_register_flag",
+    "register",
+    "register_bundled",
+    "register_from_config",
+]

@@ -1,0 +1,246 @@
+"""From a data set dictionary to what a model eats: an image tensor and instances with bit masks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from instseg_ext.data.augmentation import augmentation_kwargs, build_augmentations
+from instseg_ext.data.segmentation import decode_masks, rasterise_polygons
+
+__all__ = ["InstSegDatasetMapper", "build_mapper", "read_image", "transform_masks"]
+
+logger = logging.getLogger(__name__)
+
+
+class InstSegDatasetMapper:
+    """Read an image, augment it, and give its instances as full-image bit masks.
+
+    Polygons are transformed as polygons and then drawn; run-length masks are resampled to the
+    nearest pixel. Boxes are tight around the transformed masks. Instances whose mask is empty after
+    the augmentation are dropped, crowds as well unless ``keep_crowd``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        is_train: bool,
+        augmentations: Sequence[T.Augmentation | T.Transform],
+        image_format: str,
+        keep_crowd: bool = False,
+    ):
+        """Set up the mapper; with a config it is ``InstSegDatasetMapper(cfg, is_train)``.
+
+        Args:
+            is_train: False leaves the annotations out.
+            augmentations: applied in order.
+            image_format: ``BGR``, ``RGB`` or another format of detectron2's reader.
+            keep_crowd: keep crowds, marked in the field ``gt_is_crowd``.
+        """
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.image_format = image_format
+        self.keep_crowd = keep_crowd
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True, keep_crowd: bool = False) -> dict:
+        """Read ``INPUT``, ``INSTSEG.STRETCH`` and ``INSTSEG.AUGMENTATIONS``."""
+        return {
+            "is_train": is_train,
+            "augmentations": build_augmentations(**augmentation_kwargs(cfg, is_train)),
+            "image_format": cfg.INPUT.FORMAT,
+            "keep_crowd": keep_crowd,
+        }
+
+    def __call__(self, dataset_dict: dict) -> dict | None:
+        """Map one image.
+
+        Args:
+            dataset_dict: detectron2's format; not modified.
+
+        Returns:
+            the dictionary without ``annotations``, with ``image`` (C, H, W) uint8, or float32 after
+            a stretch, and in training ``instances`` with ``gt_boxes``, ``gt_classes`` (M,) int64
+            and ``gt_masks`` (BitMasks, M x H x W), where M may be 0. A subclass may return None to
+            have the image replaced by another one.
+
+        Raises:
+            FileNotFoundError: if the image is missing.
+            ValueError: if it cannot be read or its size differs from the annotation file's.
+        """
+        dataset_dict = dict(dataset_dict)
+        annotations = dataset_dict.pop("annotations", None)
+        image = read_image(dataset_dict, self.image_format)
+        source_hw = image.shape[:2]
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        image = aug_input.image
+        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if self.is_train and annotations is not None:
+            dataset_dict["instances"] = self.make_instances(
+                annotations, transforms, source_hw, image.shape[:2]
+            )
+        return dataset_dict
+
+    def make_instances(
+        self,
+        annotations: list[dict],
+        transforms: T.TransformList,
+        source_hw: tuple[int, int],
+        size_hw: tuple[int, int],
+    ) -> Instances:
+        """Transform the annotations of one image.
+
+        Args:
+            annotations: of one image; not modified.
+            transforms: what happened to the image.
+            source_hw: size of the image file.
+            size_hw: size of the transformed image.
+
+        Returns:
+            instances of size ``size_hw``; empty ones have all fields with correct types.
+        """
+        usable = [
+            a
+            for a in annotations
+            if a.get("segmentation") and (self.keep_crowd or not a.get("iscrowd", 0))
+        ]
+        masks = transform_masks([a["segmentation"] for a in usable], transforms, source_hw, size_hw)
+        boxes, keep = mask_boxes(masks)
+        classes = torch.tensor([int(a["category_id"]) for a in usable], dtype=torch.int64)
+        instances = Instances(tuple(size_hw))
+        instances.gt_boxes = Boxes(boxes[keep])
+        instances.gt_classes = classes[keep]
+        instances.gt_masks = BitMasks(masks[keep])
+        if self.keep_crowd:
+            crowd = torch.tensor([bool(a.get("iscrowd", 0)) for a in usable], dtype=torch.bool)
+            instances.gt_is_crowd = crowd[keep]
+        return instances
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict], dict | None]:
+    """Build the mapper that methods use unless they bring their own."""
+    return InstSegDatasetMapper(cfg, is_train)
+
+
+def read_image(dataset_dict: dict, image_format: str) -> np.ndarray:
+    """Read the image of a data set dictionary.
+
+    Args:
+        dataset_dict: with ``file_name``; ``height`` and ``width`` are filled in where missing.
+        image_format: ``BGR``, ``RGB``, ...
+
+    Returns:
+        (H, W, C) uint8, a copy that may be written to; upright according to its EXIF tag.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no readable image, or its size differs from the one annotated.
+    """
+    name, image_id = dataset_dict["file_name"], dataset_dict.get("image_id", "?")
+    try:
+        image = detection_utils.read_image(name, format=image_format)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"Image {name} (image id {image_id}) is missing; check the data set's image folder."
+        ) from error
+    except (OSError, SyntaxError) as error:
+        # Pillow reports some broken files, PNGs among them, as SyntaxError.
+        raise ValueError(f"Image {name} (image id {image_id}) cannot be read: {error}") from error
+    height, width = image.shape[:2]
+    expected = (dataset_dict.get("height", height), dataset_dict.get("width", width))
+    if expected != (height, width):
+        raise ValueError(
+            f"Image {name} (image id {image_id}) is {width} x {height} pixels, but its annotation "
+            f"file says {expected[1]} x {expected[0]}; `instseg check-dataset` lists all of them."
+        )
+    dataset_dict["height"], dataset_dict["width"] = height, width
+    return np.array(image)
+
+
+def transform_masks(
+    segmentations: Sequence[list | dict | np.ndarray],
+    transforms: T.TransformList,
+    source_hw: tuple[int, int],
+    size_hw: tuple[int, int],
+) -> torch.Tensor:
+    """Carry segmentations through a geometric transform.
+
+    Args:
+        segmentations: M polygon lists, RLE dictionaries or (H, W) arrays, mixed as they come.
+        transforms: from the source image to the result.
+        source_hw: height and width of the source image.
+        size_hw: height and width of the result.
+
+    Returns:
+        (M, h, w) bool.
+    """
+    masks = np.zeros((len(segmentations), *size_hw), dtype=bool)
+    polygons = [i for i, s in enumerate(segmentations) if isinstance(s, (list, tuple))]
+    rasters = [i for i, s in enumerate(segmentations) if not isinstance(s, (list, tuple))]
+    if polygons:
+        moved = _transform_polygons([segmentations[i] for i in polygons], transforms)
+        for i, parts in zip(polygons, moved, strict=True):
+            masks[i] = rasterise_polygons(parts, *size_hw)
+    if rasters:
+        source = decode_masks([segmentations[i] for i in rasters], source_hw)
+        masks[rasters] = _resample(source, transforms)
+    return torch.from_numpy(masks)
+
+
+def _transform_polygons(
+    polygons: list[Sequence[Sequence[float]]], transforms: T.TransformList
+) -> list[list[np.ndarray]]:
+    """Transform the points of all polygons of an image in one call."""
+    # Not apply_polygons: detectron2's crop needs shapely there, and drawing cuts at the border
+    # anyway.
+    flat = [np.asarray(p, dtype=np.float64).reshape(-1, 2) for parts in polygons for p in parts]
+    moved = transforms.apply_coords(np.concatenate(flat))
+    pieces = iter(np.split(moved, np.cumsum([len(p) for p in flat])[:-1]))
+    return [[next(pieces) for _ in parts] for parts in polygons]
+
+
+def _resample(source: np.ndarray, transforms: T.TransformList) -> np.ndarray:
+    """Carry (M, H, W) masks through a transform, to the nearest pixel.
+
+    An image that numbers the source pixels is transformed once, and all masks are read through it.
+    Its numbers are spread over four uint8 channels, because only uint8 images are resized about
+    pixel centres by detectron2; number 0 marks what a transform padded.
+    """
+    count, height, width = source.shape
+    numbers = np.arange(1, height * width + 1, dtype="<u4").reshape(height, width)
+    channels = numbers.view(np.uint8).reshape(height, width, 4)
+    moved = np.ascontiguousarray(transforms.apply_segmentation(channels))
+    lookup = moved.view("<u4")[..., 0]
+    lookup = np.where(lookup > height * width, 0, lookup)  # padding in another value than 0
+    table = np.zeros((count, height * width + 1), dtype=bool)
+    table[:, 1:] = source.reshape(count, -1)
+    return table[:, lookup]
+
+
+def mask_boxes(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tight boxes of masks, and which masks are not empty.
+
+    Args:
+        masks: (M, H, W) bool.
+
+    Returns:
+        (M, 4) float32, XYXY in pixels, the right and lower edges exclusive, zeros for empty masks;
+        and (M,) bool.
+    """
+    height, width = masks.shape[1:]
+    columns, rows = masks.any(dim=1), masks.any(dim=2)
+    keep = columns.any(dim=1)
+    left, top = columns.int().argmax(dim=1), rows.int().argmax(dim=1)
+    right = width - columns.flip(1).int().argmax(dim=1)
+    bottom = height - rows.flip(1).int().argmax(dim=1)
+    boxes = torch.stack([left, top, right, bottom], dim=1).float()
+    return boxes * keep[:, None], keep

@@ -1,0 +1,209 @@
+"""Names of data sets: the bundled ones, those of a config, those of the command line.
+
+Registering stores names and paths only; no file is touched until a data set is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from instseg_ext import resources
+from instseg_ext.data.coco import load_coco, read_categories
+from instseg_ext.data.shapes import SHAPE_CATEGORIES, SHAPE_SPLITS, cached_shapes, generate_cached
+
+__all__ = [
+    "add_registrations",
+    "dataset_classes",
+    "dataset_files",
+    "ensure_files",
+    "parse_register_flag",
+    "register",
+    "register_bundled",
+    "register_from_config",
+]
+
+NUCLEI = ("nuclei_train", "nuclei_val", "nuclei_fold1_train", "nuclei_fold1_val")
+
+# What this module registered: name -> (annotation file, image folder).
+_REGISTERED: dict[str, tuple[Path, Path]] = {}
+
+
+def register(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
+    """Register a COCO-format data set under a name.
+
+    Args:
+        name: the name used in ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        json_file: annotation file; need not exist yet.
+        image_root: folder of the images; need not exist yet.
+
+    Raises:
+        ValueError: if the name already stands for other files. Registering the same files again is
+            allowed and changes nothing.
+    """
+    if not name:
+        raise ValueError("A data set needs a non-empty name.")
+    files = (Path(json_file).absolute(), Path(image_root).absolute())
+    if name in _REGISTERED:
+        if _REGISTERED[name] != files:
+            old = _REGISTERED[name]
+            raise ValueError(
+                f"Data set {name!r} is registered with {old[0]} and images in {old[1]}; it cannot "
+                f"also mean {files[0]} with images in {files[1]}. Choose another name."
+            )
+        return
+    if name in DatasetCatalog.list():
+        raise ValueError(
+            f"Data set name {name!r} is taken by detectron2 or another package; choose another."
+        )
+    _REGISTERED[name] = files
+    DatasetCatalog.register(name, functools.partial(_load, name))
+    MetadataCatalog.get(name).set(
+        json_file=str(files[0]), image_root=str(files[1]), evaluator_type="coco"
+    )
+
+
+def register_bundled() -> None:
+    """Register the bundled nuclei and the generated shapes; may be called any number of times."""
+    nuclei = resources.root() / "datasets" / "nuclei"
+    for name in NUCLEI:
+        if name not in _REGISTERED:
+            register(name, nuclei / "annotations" / f"{name}.json", nuclei / "images")
+    for name in SHAPE_SPLITS:
+        if name not in _REGISTERED:
+            register(name, *cached_shapes(name))
+
+
+def parse_register_flag(text: str) -> dict[str, str]:
+    """Read ``NAME=ANNOTATIONS.json:IMAGE_DIR``.
+
+    Returns:
+        ``{"NAME", "JSON", "IMAGES"}``, the form of ``INSTSEG.DATASETS``.
+
+    Raises:
+        ValueError: if the text has another form.
+    """
+    name, equals, paths = text.partition("=")
+    json_file, colon, images = paths.rpartition(":")
+    if len(json_file) == 1 and json_file.isalpha():
+        # "C:\data": the colon belongs to a Windows drive, so there is no image folder.
+        colon = ""
+    if not (name and equals and json_file and colon and images):
+        raise ValueError(f"--register wants NAME=ANNOTATIONS.json:IMAGE_DIR, not {text!r}.")
+    return {"NAME": name, "JSON": json_file, "IMAGES": images}
+
+
+def add_registrations(cfg: CfgNode, entries: list[dict[str, str]]) -> None:
+    """Put registrations into ``INSTSEG.DATASETS``, with absolute paths.
+
+    Args:
+        cfg: changed in place; an entry that is there already is not repeated.
+        entries: as :func:`parse_register_flag` gives them.
+    """
+    known = [dict(e) for e in cfg.INSTSEG.DATASETS]
+    for entry in entries:
+        resolved = {
+            "NAME": entry["NAME"],
+            "JSON": str(Path(entry["JSON"]).absolute()),
+            "IMAGES": str(Path(entry["IMAGES"]).absolute()),
+        }
+        if resolved not in known:
+            known.append(resolved)
+    cfg.INSTSEG.DATASETS = known
+
+
+def register_from_config(cfg: CfgNode) -> None:
+    """Register what ``INSTSEG.DATASETS`` declares, and the bundled sets.
+
+    Class names of ``INSTSEG.CLASS_NAMES`` stand in for those of a data set of this config whose
+    files are not there, so that predictions carry names on a machine that only has the config.
+
+    Raises:
+        ValueError: if an entry lacks a key or its name already stands for other files.
+    """
+    register_bundled()
+    for entry in cfg.INSTSEG.DATASETS:
+        missing = [k for k in ("NAME", "JSON", "IMAGES") if k not in entry]
+        if missing:
+            raise ValueError(f"INSTSEG.DATASETS: entry {dict(entry)} lacks {', '.join(missing)}.")
+        register(entry["NAME"], entry["JSON"], entry["IMAGES"])
+    if not cfg.INSTSEG.CLASS_NAMES:
+        return
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(name)
+        absent = name not in DatasetCatalog.list() or (
+            name in _REGISTERED and name not in SHAPE_SPLITS and not _REGISTERED[name][0].is_file()
+        )
+        if absent and not hasattr(metadata, "thing_classes"):
+            metadata.thing_classes = list(cfg.INSTSEG.CLASS_NAMES)
+
+
+def dataset_files(name: str) -> tuple[Path, Path] | None:
+    """Return annotation file and image folder of a data set, None if it is not a COCO-style one.
+
+    Raises:
+        KeyError: if no data set has this name; the message lists those of this package.
+    """
+    _require_known(name)
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    metadata = MetadataCatalog.get(name)
+    json_file, images = getattr(metadata, "json_file", None), getattr(metadata, "image_root", None)
+    return (Path(json_file), Path(images)) if json_file and images else None
+
+
+def ensure_files(name: str) -> None:
+    """Generate the files of a data set that is made on the fly; nothing for all others."""
+    if name in SHAPE_SPLITS and name in _REGISTERED:
+        generate_cached(name, _REGISTERED[name][0])
+
+
+def dataset_classes(name: str) -> list[str]:
+    """Return the class names of a data set in the order of the contiguous class indices.
+
+    Read from the annotation file (its categories by ascending id), or from the metadata of data
+    sets that another package registered.
+
+    Raises:
+        KeyError: if no data set has this name.
+        FileNotFoundError: if the annotation file is missing.
+    """
+    _require_known(name)
+    if name in SHAPE_SPLITS and name in _REGISTERED:
+        return [str(c["name"]) for c in SHAPE_CATEGORIES]
+    if name in _REGISTERED:
+        return [str(c["name"]) for c in read_categories(_REGISTERED[name][0])]
+    metadata = MetadataCatalog.get(name)
+    if not hasattr(metadata, "thing_classes"):
+        DatasetCatalog.get(name)
+    return list(metadata.thing_classes)
+
+
+def _require_known(name: str) -> None:
+    if name not in DatasetCatalog.list():
+        known = ", ".join(sorted(_REGISTERED)) or "none"
+        raise KeyError(
+            f"No data set is called {name!r}; known here: {known}. "
+            "Register your own with --register NAME=ANNOTATIONS.json:IMAGE_DIR."
+        )
+
+
+def _load(name: str) -> list[dict]:
+    """Load a registered data set and fill in its metadata; called by detectron2's catalog."""
+    ensure_files(name)
+    json_file, image_root = _REGISTERED[name]
+    dicts, classes, contiguous = load_coco(json_file, image_root)
+    metadata = MetadataCatalog.get(name)
+    if list(getattr(metadata, "thing_classes", classes)) != classes:
+        # Names taken from a config before the file was there; the file knows better.
+        MetadataCatalog.pop(name)
+        metadata = MetadataCatalog.get(name).set(
+            json_file=str(json_file), image_root=str(image_root), evaluator_type="coco"
+        )
+    metadata.thing_classes = classes
+    metadata.thing_dataset_id_to_contiguous_id = contiguous
+    return dicts

@@ -1,0 +1,185 @@
+"""Validity and decoding of COCO segmentations: polygons, compressed and uncompressed run lengths.
+
+A size is (height, width) in pixels; polygons are flat lists [x0, y0, x1, y1, ...] in image pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools import mask as mask_util
+
+__all__ = [
+    "clean_segmentation",
+    "compress_rle",
+    "decode_compressed_counts",
+    "decode_masks",
+    "polygon_problem",
+    "rasterise_polygons",
+    "rle_problem",
+]
+
+
+def decode_compressed_counts(counts: str | bytes) -> np.ndarray | None:
+    """Decode COCO's run-length string into run lengths.
+
+    A malformed string can make pycocotools write outside its buffer, so strings of unknown origin
+    are decoded here first. The code: six bits a character from ASCII 48 on, five of value and one
+    "more follows", two's complement; from the fourth run on the difference to the run two before.
+
+    Args:
+        counts: the ``counts`` value of a compressed RLE.
+
+    Returns:
+        (R,) int64 run lengths starting with background, which may be negative or sum to anything if
+        the string is corrupt; None if it is no such string at all.
+    """
+    raw = counts.encode("ascii", "replace") if isinstance(counts, str) else bytes(counts)
+    if not raw:
+        return None
+    codes = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - 48
+    if codes.min() < 0 or codes.max() > 63 or codes[-1] & 0x20:
+        return None
+    ends = np.flatnonzero((codes & 0x20) == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 12:  # 60 bits: more cannot be a run length
+        return None
+    shift = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((codes & 0x1F) << shift, starts)
+    negative = (codes[ends] & 0x10) != 0
+    values = np.where(negative, values - (np.int64(1) << (5 * lengths)), values)
+    runs = values.copy()
+    runs[1::2] = np.cumsum(values[1::2])
+    runs[2::2] = np.cumsum(values[2::2])
+    return runs
+
+
+def rle_problem(rle: object, size_hw: tuple[int, int]) -> str | None:
+    """Say what is wrong with a run-length mask, None if it can be decoded to the image's size.
+
+    Args:
+        rle: value of ``segmentation``; anything but a well-formed dictionary is a problem.
+        size_hw: height and width of the image.
+    """
+    if not isinstance(rle, dict) or "counts" not in rle or "size" not in rle:
+        return "RLE without counts and size"
+    size = rle["size"]
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        return f"RLE with size {size!r}"
+    if tuple(size) != tuple(size_hw):
+        return f"RLE of size {list(size)} in an image of size {list(size_hw)}"
+    counts = rle["counts"]
+    if isinstance(counts, (str, bytes)):
+        runs = decode_compressed_counts(counts)
+        if runs is None:
+            return "undecodable RLE string"
+    else:
+        try:
+            runs = np.asarray(counts, dtype=np.int64)
+        except (TypeError, ValueError, OverflowError):
+            return "RLE counts that are not integers"
+        if runs.ndim != 1 or not len(runs):
+            return "RLE without counts"
+    if (runs < 0).any():
+        return "RLE with negative counts"
+    total = int(runs.sum())
+    if total != size[0] * size[1]:
+        return f"RLE whose counts add up to {total}, not to {size[0]} x {size[1]}"
+    return None
+
+
+def compress_rle(rle: dict) -> dict:
+    """Return a valid RLE in compressed form with a string of ASCII characters."""
+    if not isinstance(rle["counts"], (str, bytes)):
+        rle = mask_util.frPyObjects(rle, *rle["size"])
+    counts = rle["counts"]
+    return {
+        "size": [int(v) for v in rle["size"]],
+        "counts": counts if isinstance(counts, str) else counts.decode("ascii"),
+    }
+
+
+def polygon_problem(polygon: object, check_finite: bool = True) -> str | None:
+    """Say what is wrong with one polygon, None if it can be drawn.
+
+    Args:
+        polygon: one part of a ``segmentation``.
+        check_finite: False skips the test for NaN and infinity, where a reader saw none in the
+            file.
+    """
+    if not isinstance(polygon, (list, tuple, np.ndarray)):
+        return f"polygon that is a {type(polygon).__name__}"
+    if len(polygon) % 2:
+        return "polygon with an odd number of coordinates"
+    if len(polygon) < 6:
+        return "polygon with fewer than 3 points"
+    if check_finite:
+        try:
+            finite = math.isfinite(math.fsum(abs(v) for v in polygon))
+        except (TypeError, OverflowError):
+            return "polygon with coordinates that are not numbers"
+        if not finite:
+            return "polygon with NaN or infinite coordinates"
+    return None
+
+
+def clean_segmentation(
+    segmentation: object, size_hw: tuple[int, int]
+) -> tuple[list | dict | None, list[str]]:
+    """Keep the usable parts of a segmentation.
+
+    Args:
+        segmentation: polygons, compressed or uncompressed RLE, or anything a file may hold.
+        size_hw: height and width of the image.
+
+    Returns:
+        polygons (list of lists) or compressed RLE, None if nothing is usable; and what was wrong.
+    """
+    if isinstance(segmentation, dict):
+        problem = rle_problem(segmentation, size_hw)
+        return (None, [problem]) if problem else (compress_rle(segmentation), [])
+    if not isinstance(segmentation, (list, tuple)) or not len(segmentation):
+        return None, ["no segmentation"]
+    if isinstance(segmentation[0], (int, float)):
+        segmentation = [segmentation]  # one flat polygon: a common slip, and unambiguous
+    parts, problems = [], []
+    for part in segmentation:
+        problem = polygon_problem(part)
+        if problem:
+            problems.append(problem)
+        else:
+            parts.append(list(part))
+    return parts or None, problems
+
+
+def decode_masks(
+    segmentations: Sequence[list | dict | np.ndarray], size_hw: tuple[int, int]
+) -> np.ndarray:
+    """Rasterise clean segmentations of one image.
+
+    Args:
+        segmentations: M polygon lists (their union is drawn), RLE dictionaries as
+            :func:`clean_segmentation` gives them, or (H, W) arrays.
+        size_hw: height and width of the image.
+
+    Returns:
+        (M, H, W) bool.
+    """
+    masks = np.zeros((len(segmentations), *size_hw), dtype=bool)
+    for i, segmentation in enumerate(segmentations):
+        if isinstance(segmentation, dict):
+            masks[i] = mask_util.decode(compress_rle(segmentation))
+        elif isinstance(segmentation, np.ndarray):
+            masks[i] = segmentation != 0
+        else:
+            masks[i] = rasterise_polygons(segmentation, *size_hw)
+    return masks
+
+
+def rasterise_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
+    """Draw the union of polygons into a (H, W) uint8 mask of 0 and 1; parts outside are cut off."""
+    flat = [np.asarray(p, dtype=np.float64).reshape(-1).tolist() for p in polygons]
+    return mask_util.decode(mask_util.merge(mask_util.frPyObjects(flat, height, width)))
