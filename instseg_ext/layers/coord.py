@@ -1,6 +1,7 @@
 """Coordinate channels that make convolutions position sensitive (CoordConv, arXiv:1807.03247)."""
 
 import torch
+import torch.nn.functional as F
 
 __all__ = ["append_coords", "coord_channels"]
 
@@ -30,17 +31,26 @@ def coord_channels(
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)])[None]
 
 
-def append_coords(features: torch.Tensor) -> torch.Tensor:
+def append_coords(features: torch.Tensor, source_hw: tuple[int, int] | None = None) -> torch.Tensor:
     """Concatenate the coordinate planes after the feature channels.
 
     Args:
         features: (N, C, H, W) float.
+        source_hw: size at which the coordinates are made before they are resized to H x W; None
+            means H x W itself. Appending coordinates and then resizing everything bilinearly gives
+            the same tensor as resizing the features and passing their former size here, without
+            the copy of the large map.
 
     Returns:
-        (N, C + 2, H, W) of the same dtype; channel C is x, channel C + 1 is y. The coordinates span
-        the whole tensor, padding included.
+        (N, C + 2, H, W) in the dtype and memory format of ``features``; channel C is x, channel
+        C + 1 is y. The coordinates span the whole tensor, padding included.
     """
-    coords = coord_channels(
-        features.shape[-2:], device=features.device, dtype=features.dtype
-    ).expand(features.shape[0], -1, -1, -1)
+    size_hw = features.shape[-2:]
+    coords = coord_channels(source_hw or size_hw, device=features.device, dtype=torch.float32)
+    if coords.shape[-2:] != size_hw:
+        coords = F.interpolate(coords, size=size_hw, mode="bilinear", align_corners=False)
+    coords = coords.to(features.dtype).expand(features.shape[0], -1, -1, -1)
+    if features.is_contiguous(memory_format=torch.channels_last):
+        # cat falls back to the default format when its inputs disagree.
+        coords = coords.contiguous(memory_format=torch.channels_last)
     return torch.cat([features, coords], dim=1)

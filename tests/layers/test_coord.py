@@ -1,6 +1,7 @@
 """Coordinate channels: order, range, orientation."""
 
 import torch
+import torch.nn.functional as F
 
 from instseg_ext.layers.coord import append_coords, coord_channels
 
@@ -26,3 +27,16 @@ def test_append_comes_after_features_and_keeps_dtype():
 
 def test_single_pixel():
     assert coord_channels((1, 1)).flatten().tolist() == [-1, -1]
+
+
+def test_source_size_equals_append_then_resize():
+    features = torch.rand(1, 3, 9, 14)
+    expected = F.interpolate(append_coords(features), size=(6, 6), mode="bilinear")
+    small = F.interpolate(features, size=(6, 6), mode="bilinear")
+    torch.testing.assert_close(append_coords(small, (9, 14)), expected)
+
+
+def test_memory_format_is_kept():
+    features = torch.rand(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    assert append_coords(features).is_contiguous(memory_format=torch.channels_last)
+    assert append_coords(features.contiguous()).is_contiguous()

@@ -1,0 +1,266 @@
+"""SOLOv2 as a detectron2 meta-architecture: glue between head, targets, losses and inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.structures import ImageList, Instances
+from torch import Tensor
+
+from instseg_ext.config import check_choice
+from instseg_ext.methods.solo.head import SOLOv2Head, SOLOv2Outputs, flatten_cells
+from instseg_ext.methods.solo.inference import Detections, InferenceOptions, category_scores, detect
+from instseg_ext.methods.solo.losses import category_loss, mask_loss
+from instseg_ext.methods.solo.targets import CellGrid, CellTargets, make_targets
+from instseg_ext.modeling.dense import DenseInstanceSegmenter, dense_arguments, output_size
+from instseg_ext.modeling.masks import Crop, Resize, masks_to_instances
+from instseg_ext.modeling.runtime import RuntimeOptions
+
+__all__ = ["LossOptions", "SOLOv2", "register_meta_architecture"]
+
+
+def register_meta_architecture(cls: type) -> type:
+    """Register a meta-architecture under its class name.
+
+    Raises:
+        RuntimeError: if another package has taken the name.
+    """
+    name = cls.__name__
+    if name in META_ARCH_REGISTRY:
+        other = META_ARCH_REGISTRY.get(name).__module__.split(".")[0]
+        raise RuntimeError(
+            f"The meta-architecture name {name!r} is registered by both {other!r} and "
+            f"{cls.__module__.split('.')[0]!r}; import only one of the two packages in a process."
+        )
+    META_ARCH_REGISTRY.register(cls)
+    return cls
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Weights of the losses; see the config keys of the same names."""
+
+    weight_cls: float = 1.0
+    weight_mask: float = 3.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+
+@register_meta_architecture
+class SOLOv2(DenseInstanceSegmenter):
+    """SOLOv2 (arXiv:2003.10152): every grid cell predicts classes and the kernel of one mask.
+
+    Note:
+        Grid and coordinates span the padded batch, so an image's result depends on the padding that
+        its batch mates cause. Published figures are those of batches of one.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: SOLOv2Head,
+        grid: CellGrid,
+        num_classes: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        loss_options: LossOptions | None = None,
+        inference_options: InferenceOptions | None = None,
+        stretch_size: tuple[int, int] = (0, 0),
+        runtime: RuntimeOptions | None = None,
+    ) -> None:
+        """Keep the parts.
+
+        Args:
+            backbone: see the base class, as ``pixel_mean``, ``pixel_std``, ``stretch_size`` and
+                ``runtime``.
+            head: built for the same levels as ``grid``.
+            grid: cells of all levels.
+            num_classes: foreground classes.
+            pixel_mean: see the base class.
+            pixel_std: see the base class.
+            loss_options: loss weights.
+            inference_options: thresholds.
+            stretch_size: see the base class.
+            runtime: see the base class.
+        """
+        super().__init__(
+            backbone=backbone,
+            head=head,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            stretch_size=stretch_size,
+            runtime=runtime,
+        )
+        self.grid = grid
+        self.num_classes = num_classes
+        self.loss_options = loss_options or LossOptions()
+        self.inference_options = inference_options or InferenceOptions()
+        areas = grid.per_cell(grid.strides, self.device)
+        self.register_buffer("min_areas", areas, persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read ``MODEL.SOLO``; see `configurable`."""
+        node = cfg.MODEL.SOLO
+        arguments = dense_arguments(cfg)
+        grid = CellGrid(
+            num_grids=tuple(node.NUM_GRIDS),
+            strides=tuple(node.STRIDES),
+            scale_ranges=tuple((float(low), float(high)) for low, high in node.SCALE_RANGES),
+            center_radius=node.CENTER_RADIUS,
+        )
+        if len(node.IN_FEATURES) != len(grid.num_grids):
+            raise ValueError(
+                f"MODEL.SOLO.IN_FEATURES has {len(node.IN_FEATURES)} entries but NUM_GRIDS has "
+                f"{len(grid.num_grids)}."
+            )
+        head = SOLOv2Head(
+            arguments["backbone"].output_shape(),
+            in_features=node.IN_FEATURES,
+            strides=grid.strides,
+            num_grids=grid.num_grids,
+            num_classes=node.NUM_CLASSES,
+            num_convs=node.NUM_CONVS,
+            width=node.CONV_DIM,
+            kernel_dim=node.KERNEL_DIM,
+            mask_in_features=node.MASK_FEATURES.IN_FEATURES,
+            mask_width=node.MASK_FEATURES.CONV_DIM,
+            norm=check_choice("MODEL.SOLO.NORM", node.NORM, ("GN", "BN", "SyncBN")),
+            prior_prob=node.PRIOR_PROB,
+        )
+        return {
+            **arguments,
+            "head": head,
+            "grid": grid,
+            "num_classes": node.NUM_CLASSES,
+            "loss_options": LossOptions(
+                weight_cls=node.LOSS_WEIGHT_CLS,
+                weight_mask=node.LOSS_WEIGHT_MASK,
+                focal_alpha=node.FOCAL_ALPHA,
+                focal_gamma=node.FOCAL_GAMMA,
+            ),
+            "inference_options": InferenceOptions(
+                score_thresh=node.SCORE_THRESH,
+                mask_thresh=node.MASK_THRESH,
+                nms_pre=node.NMS_PRE,
+                nms_kernel=node.NMS_KERNEL,
+                nms_sigma=node.NMS_SIGMA,
+                update_thresh=node.UPDATE_THRESH,
+                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            ),
+        }
+
+    def targets(
+        self, raw: SOLOv2Outputs, images: ImageList, gt_instances: list[Instances]
+    ) -> list[CellTargets]:
+        """Make the targets of a batch.
+
+        Args:
+            raw: tells the size of the mask map.
+            images: the padded batch; the grids span all of it.
+            gt_instances: per image ``gt_boxes``, ``gt_classes`` and ``gt_masks`` (BitMasks).
+        """
+        return [
+            make_targets(
+                gt.gt_boxes.tensor,
+                gt.gt_classes,
+                gt.gt_masks.tensor,
+                input_hw=tuple(images.tensor.shape[-2:]),
+                mask_hw=tuple(raw.mask_features.shape[-2:]),
+                grid=self.grid,
+                num_classes=self.num_classes,
+            )
+            for gt in gt_instances
+        ]
+
+    def losses(
+        self, raw: SOLOv2Outputs, images: ImageList, gt_instances: list[Instances]
+    ) -> dict[str, Tensor]:
+        """Return ``loss_cls`` and ``loss_mask``, weighted; see the base class."""
+        targets = self.targets(raw, images, gt_instances)
+        across = self.loss_normalizer == "global"
+        options = self.loss_options
+        loss_cls = category_loss(
+            flatten_cells(raw.category_logits).flatten(0, 1),
+            torch.cat([t.labels for t in targets]),
+            alpha=options.focal_alpha,
+            gamma=options.focal_gamma,
+            across_processes=across,
+        )
+        loss_mask = mask_loss(
+            self.head.masks(raw, [t.cells for t in targets]),
+            [t.masks[t.instances] for t in targets],
+            branch=[*raw.kernels, raw.mask_features],
+            across_processes=across,
+        )
+        return {
+            "loss_cls": loss_cls * options.weight_cls,
+            "loss_mask": loss_mask * options.weight_mask,
+        }
+
+    @torch.no_grad()
+    def inference(
+        self, raw: SOLOv2Outputs, images: ImageList, batched_inputs: list[dict]
+    ) -> list[Instances]:
+        """Return the detections of each image at its original size; see the base class."""
+        input_hw = tuple(images.tensor.shape[-2:])
+        results = []
+        for found, size, given in zip(
+            self.detections(raw), images.image_sizes, batched_inputs, strict=True
+        ):
+            height, width = output_size(given, size)
+            # The probabilities go to the padded input's size first: a fixed factor, also for images
+            # so small that ceil(h / Hm) would be less.
+            steps = [Resize(input_hw), Crop(tuple(size)), Resize((height, width))]
+            results.append(
+                masks_to_instances(
+                    found.probs,
+                    steps,
+                    found.scores,
+                    found.classes,
+                    image_size=(height, width),
+                    threshold=self.inference_options.mask_thresh,
+                    budget_mb=self.mask_budget_mb,
+                    output=self.mask_output,
+                )
+            )
+        return results
+
+    @torch.no_grad()
+    def detections(self, raw: SOLOv2Outputs) -> list[Detections]:
+        """Select the detections of each image, still at the resolution of the mask map.
+
+        Outputs that are not finite give no detections.
+        """
+        scores = category_scores(raw.category_logits)
+        kernels = flatten_cells(raw.kernels)
+        scores = scores * kernels.isfinite().all(dim=2, keepdim=True)
+        # Mask features are never negative, so their maximum tells whether all are finite.
+        scores = scores * raw.mask_features.flatten(1).amax(dim=1).isfinite()[:, None, None]
+        return [
+            detect(
+                scores[n],
+                lambda cells, n=n: self.head.masks(_image(raw, n), [cells])[0],
+                min_areas=self.min_areas,
+                size_hw=tuple(raw.mask_features.shape[-2:]),
+                options=self.inference_options,
+                budget_mb=self.mask_budget_mb,
+            )
+            for n in range(len(scores))
+        ]
+
+
+def _image(raw: SOLOv2Outputs, n: int) -> SOLOv2Outputs:
+    """Return the outputs of one image as a batch of one."""
+    return SOLOv2Outputs(
+        [x[n : n + 1] for x in raw.category_logits],
+        [x[n : n + 1] for x in raw.kernels],
+        raw.mask_features[n : n + 1],
+    )

@@ -1,0 +1,215 @@
+"""From category scores and a source of masks to the detections of one image.
+
+The same steps serve every SOLO variant: they differ in how the mask of a cell is made, which is
+handed over as a function. Shape shorthand: C cells of all levels, K classes, U cells that hold at
+least one candidate, R candidates, (h, w) size of the mask map.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from instseg_ext.layers.mask_nms import MATRIX_NMS_KERNELS, matrix_nms, points_nms
+
+__all__ = ["Detections", "InferenceOptions", "category_scores", "detect"]
+
+# (n,) cells -> (n, h, w) float32 probabilities.
+MaskSource = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """Thresholds of inference; see the config keys of the same names.
+
+    Attributes:
+        score_thresh: category score a candidate must exceed.
+        mask_thresh: probability a mask pixel must exceed.
+        nms_pre: most candidates that enter Matrix NMS.
+        nms_kernel: ``gaussian`` or ``linear``.
+        nms_sigma: width of the gaussian kernel.
+        update_thresh: least decayed score that is kept.
+        max_detections: most detections per image.
+    """
+
+    score_thresh: float = 0.1
+    mask_thresh: float = 0.5
+    nms_pre: int = 500
+    nms_kernel: str = "gaussian"
+    nms_sigma: float = 2.0
+    update_thresh: float = 0.05
+    max_detections: int = 100
+
+    def __post_init__(self) -> None:
+        """Check the choice of kernel.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        if self.nms_kernel not in MATRIX_NMS_KERNELS:
+            raise ValueError(
+                f"MODEL.SOLO.NMS_KERNEL must be one of {MATRIX_NMS_KERNELS}, "
+                f"not {self.nms_kernel!r}."
+            )
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Candidate record of one image, sorted by falling score.
+
+    Attributes:
+        scores: (R,) float32.
+        classes: (R,) int64 in [0, K).
+        cells: (R,) int64.
+        probs: from a slice of the R detections to their (n, h, w) float32 mask probabilities.
+    """
+
+    scores: Tensor
+    classes: Tensor
+    cells: Tensor
+    probs: Callable[[slice], Tensor]
+
+
+def category_scores(logits: Sequence[Tensor]) -> Tensor:
+    """Turn category logits into scores, keeping local peaks only (points NMS per level and class).
+
+    Args:
+        logits: per level (N, K, S_l, S_l). A value that is not finite counts as score 0.
+
+    Returns:
+        (N, C, K) float32.
+    """
+    levels = []
+    for level in logits:
+        level = level.float()
+        scores = torch.where(level.isfinite(), level.sigmoid(), torch.zeros_like(level))
+        levels.append(points_nms(scores).permute(0, 2, 3, 1).flatten(1, 2))
+    return torch.cat(levels, dim=1)
+
+
+class _CellMasks:
+    """Masks of the candidate cells: measured in chunks, kept when all of them fit the budget.
+
+    Those that do not fit are made again for the few cells that matter later.
+    """
+
+    # Float maps that exist at once while a chunk is made and measured, one of them spare.
+    _MAPS_PER_CHUNK = 4
+
+    def __init__(
+        self,
+        source: MaskSource,
+        cells: Tensor,
+        *,
+        size_hw: tuple[int, int],
+        threshold: float,
+        budget_mb: float,
+    ) -> None:
+        self.source, self.cells, self.threshold = source, cells, threshold
+        map_bytes = 4 * size_hw[0] * size_hw[1]
+        budget = budget_mb * 2**20
+        self.chunk = max(1, int(budget / 2) // (self._MAPS_PER_CHUNK * map_bytes))
+        fits = len(cells) * map_bytes <= budget / 2
+        self.kept = cells.new_empty((len(cells), *size_hw), dtype=torch.float32) if fits else None
+        self.areas, self.masses = self._measure()
+
+    def _measure(self) -> tuple[Tensor, Tensor]:
+        """Return pixel count and summed probability of each cell's mask, (U,) float32 each."""
+        areas, masses = [], []
+        for start in range(0, len(self.cells), self.chunk):
+            span = slice(start, start + self.chunk)
+            probs = self.source(self.cells[span])
+            if self.kept is not None:
+                self.kept[span] = probs
+            binary = probs > self.threshold
+            areas.append(binary.flatten(1).sum(dim=1))
+            # NaN times False is NaN: a broken mask gets a NaN score and is dropped.
+            masses.append((probs * binary).flatten(1).sum(dim=1))
+        return torch.cat(areas).float(), torch.cat(masses)
+
+    def probs(self, rows: Tensor) -> Tensor:
+        """Return the (n, h, w) probabilities of some of the U cells."""
+        return self.source(self.cells[rows]) if self.kept is None else self.kept[rows]
+
+    def binary(self, rows: Tensor) -> Tensor:
+        """Return the (n, h * w) bool masks of some of the U cells."""
+        chunks = rows.split(self.chunk)
+        return torch.cat([(self.probs(part) > self.threshold).flatten(1) for part in chunks])
+
+
+def _best(scores: Tensor, limit: int) -> Tensor:
+    """Return the indices of the ``limit`` highest scores, falling; ties in their given order."""
+    return scores.sort(descending=True, stable=True).indices[:limit]
+
+
+@torch.no_grad()
+def detect(
+    scores: Tensor,
+    source: MaskSource,
+    *,
+    min_areas: Tensor,
+    size_hw: tuple[int, int],
+    options: InferenceOptions,
+    budget_mb: float = 256,
+) -> Detections:
+    """Select the detections of one image.
+
+    Candidates are all (cell, class) pairs above the score threshold. Their masks must cover more
+    than ``min_areas`` pixels; their scores are multiplied by the mean probability inside the mask,
+    the best enter Matrix NMS, and what keeps enough of its score is returned.
+
+    Args:
+        scores: (C, K) float32 category scores after points NMS.
+        source: makes the masks of some cells.
+        min_areas: (C,) mask-map pixels.
+        size_hw: (h, w) of the mask map.
+        options: thresholds.
+        budget_mb: working memory for masks, MiB.
+
+    Returns:
+        See `Detections`; possibly none.
+    """
+    cells, classes = (scores > options.score_thresh).nonzero(as_tuple=True)
+    scores = scores[cells, classes]
+    if len(cells) == 0:
+        return _nothing(scores, classes, cells, size_hw)
+    unique, rows = cells.unique(return_inverse=True)
+    masks = _CellMasks(
+        source, unique, size_hw=size_hw, threshold=options.mask_thresh, budget_mb=budget_mb
+    )
+    maskness = masks.masses / masks.areas.clamp(min=1)
+    scores = scores * maskness[rows]
+    keep = (masks.areas > min_areas[unique])[rows] & scores.isfinite()
+    rows, classes, scores = rows[keep], classes[keep], scores[keep]
+    if len(rows) == 0:
+        return _nothing(scores, classes, rows, size_hw)
+    order = _best(scores, options.nms_pre)
+    rows, classes, scores = rows[order], classes[order], scores[order]
+    scores = matrix_nms(
+        masks.binary(rows),
+        classes,
+        scores,
+        areas=masks.areas[rows],
+        kernel=options.nms_kernel,
+        sigma=options.nms_sigma,
+        budget_mb=budget_mb / 2,
+    )
+    keep = scores >= options.update_thresh
+    rows, classes, scores = rows[keep], classes[keep], scores[keep]
+    order = _best(scores, options.max_detections)
+    rows = rows[order]
+    return Detections(
+        scores=scores[order],
+        classes=classes[order],
+        cells=unique[rows],
+        probs=lambda span: masks.probs(rows[span]),
+    )
+
+
+def _nothing(
+    scores: Tensor, classes: Tensor, cells: Tensor, size_hw: tuple[int, int]
+) -> Detections:
+    """Return a record of no detections."""
+    empty = scores.new_zeros((0, *size_hw))
+    return Detections(scores[:0], classes[:0], cells[:0], lambda span: empty[span])
