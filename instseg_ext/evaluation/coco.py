@@ -18,6 +18,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from pycocotools import mask as coco_mask
 
+from instseg_ext import data
 from instseg_ext.evaluation.coco_ap import (
     average_precision,
     average_precision_backend,
@@ -194,6 +195,7 @@ class InstSegCOCOEvaluator(DatasetEvaluator):
 
 def _ground_truth(dataset_name: str) -> dict[str, Any]:
     metadata = MetadataCatalog.get(dataset_name)
+    data.ensure_files(dataset_name)
     if not metadata.get("json_file"):
         DatasetCatalog.get(dataset_name)  # loading may be what sets the metadata
     if metadata.get("json_file"):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-__all__ = ["decode_masks", "encode_masks", "is_rle"]
+__all__ = ["decode_masks", "encode_masks", "is_rle", "rle_boxes"]
 
 
 def is_rle(segmentation: object) -> bool:
@@ -109,6 +109,22 @@ def decode_masks(
     packed = [_compressed(rle) for rle in rles]
     stack = coco_mask.decode(packed)  # (H, W, N) uint8, Fortran order: its transpose is contiguous
     return np.ascontiguousarray(stack.transpose(2, 0, 1)).view(bool)
+
+
+def rle_boxes(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Give the tight boxes of run-length encoded masks without decoding them.
+
+    Args:
+        rles: N run-length dictionaries.
+
+    Returns:
+        (N, 4) int64 XYXY, the far sides exclusive; zeros for an empty mask.
+    """
+    if len(rles) == 0:
+        return np.zeros((0, 4), dtype=np.int64)
+    xywh = np.asarray(coco_mask.toBbox([_compressed(rle) for rle in rles])).reshape(-1, 4)
+    corners = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1).round()
+    return corners.astype(np.int64) * (xywh[:, 2:].prod(axis=1, keepdims=True) > 0)
 
 
 def _compressed(rle: Mapping[str, Any]) -> dict[str, Any]:
