@@ -123,7 +123,7 @@ class MaskFeatures(nn.Module):
             ValueError: if the strides are no powers of two apart or do not grow.
         """
         super().__init__()
-        steps = [(stride // strides[0]).bit_length() - 1 for stride in strides]
+        steps = [max(stride // strides[0], 1).bit_length() - 1 for stride in strides]
         exact = [strides[0] << step for step in steps] == list(strides)
         if not exact or steps != sorted(set(steps)):
             raise ValueError(
