@@ -267,16 +267,22 @@ def test_files_and_functions_stay_readable():
         if len(path.read_text(encoding="utf-8").splitlines()) > 400
     ]
 
-    def long_function(node):
+    def long_function(path, node):
+        """More than 60 lines of code: comments, blank lines and the docstring are free."""
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             return False
-        first = node.body[0]
-        docstring = ast.get_docstring(node, clean=False)
-        skipped = first.end_lineno - first.lineno + 1 if docstring is not None else 0
-        return node.end_lineno - node.lineno + 1 - skipped > 60
+        first = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.lineno - 1
+        lines = path.read_text(encoding="utf-8").splitlines()[first : node.end_lineno]
+        return sum(1 for line in lines if line.strip() and not line.lstrip().startswith("#")) > 60
 
+    long_functions = [
+        f"{dotted(path)}.{node.name}"
+        for path in [*MODULES, *SCRIPTS]
+        for node in ast.walk(tree_of(path))
+        if long_function(path, node)
+    ]
     assert not long_files
-    assert not offences([*MODULES, *SCRIPTS], long_function)
+    assert not long_functions
 
 
 def test_no_path_of_one_machine():
