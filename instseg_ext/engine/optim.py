@@ -1,0 +1,142 @@
+"""Optimisers, learning rates and what a user should know about them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
+from torch import nn
+
+from instseg_ext.config import check_choice
+from instseg_ext.engine.distributed import plain_batch_norms
+
+__all__ = [
+    "TINY_BATCH",
+    "build_optimizer",
+    "effective_lr_report",
+    "effective_rate",
+    "micro_batch",
+    "warn_tiny_batch_norm",
+]
+
+logger = logging.getLogger(__name__)
+
+# Statistics of fewer images than this make batch normalisation unreliable.
+TINY_BATCH = 4
+
+
+def effective_rate(cfg: CfgNode) -> float:
+    """Return the base learning rate after scaling by batch size.
+
+    ``SOLVER.BASE_LR * SOLVER.IMS_PER_BATCH / INSTSEG.SCALE_LR_BATCH`` (linear rule of
+    arXiv:1706.02677), or ``SOLVER.BASE_LR`` where no reference batch is given. The config keeps
+    the unscaled rate, so that a dumped config is not scaled again.
+    """
+    reference = cfg.INSTSEG.SCALE_LR_BATCH
+    if reference < 0:
+        raise ValueError(f"INSTSEG.SCALE_LR_BATCH must not be negative, but is {reference}.")
+    if reference == 0:
+        return cfg.SOLVER.BASE_LR
+    return cfg.SOLVER.BASE_LR * cfg.SOLVER.IMS_PER_BATCH / reference
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build SGD or AdamW with the parameter groups that ``SOLVER`` asks for.
+
+    ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` replace the weight decay of their parameters;
+    ``BIAS_LR_FACTOR`` and, where the config has it, ``BACKBONE_MULTIPLIER`` multiply the rate.
+    ``SOLVER.CLIP_GRADIENTS`` clips per parameter, as in detectron2.
+
+    Args:
+        cfg: needs ``SOLVER`` and ``INSTSEG.OPTIMIZER``.
+        model: parameters of its ``backbone`` get the backbone's rate.
+
+    Raises:
+        ValueError: if ``INSTSEG.OPTIMIZER`` is unknown.
+    """
+    kind = check_choice("INSTSEG.OPTIMIZER", cfg.INSTSEG.OPTIMIZER, ("sgd", "adamw"))
+    rate = effective_rate(cfg)
+    backbone = cfg.SOLVER.get("BACKBONE_MULTIPLIER", 1.0)
+    bias = cfg.SOLVER.BIAS_LR_FACTOR
+
+    def factor(name: str) -> float:
+        of_bias = bias if name.rpartition(".")[2] == "bias" else 1.0
+        return of_bias * (backbone if name.startswith("backbone.") else 1.0)
+
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=rate,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        lr_factor_func=factor,
+    )
+    decay = cfg.SOLVER.WEIGHT_DECAY
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
+    else:
+        optimizer = torch.optim.SGD(
+            groups,
+            lr=rate,
+            momentum=cfg.SOLVER.MOMENTUM,
+            nesterov=cfg.SOLVER.NESTEROV,
+            weight_decay=decay,
+        )
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def micro_batch(cfg: CfgNode) -> int:
+    """Return the number of images in one forward pass of one process.
+
+    Raises:
+        ValueError: if the batch cannot be split evenly.
+    """
+    batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.INSTSEG.ACCUMULATE
+    processes = comm.get_world_size()
+    if parts < 1:
+        raise ValueError(f"INSTSEG.ACCUMULATE must be at least 1, not {parts}.")
+    if batch < 1 or batch % (processes * parts):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {batch} must be a multiple of {processes * parts}: {processes} "
+            f"process(es) times INSTSEG.ACCUMULATE {parts}."
+        )
+    return batch // (processes * parts)
+
+
+def effective_lr_report(cfg: CfgNode, model: nn.Module) -> str:
+    """Say in one line what the optimiser does per step and per image.
+
+    Args:
+        cfg: full config.
+        model: counted parameters are those with ``requires_grad``.
+    """
+    rate = effective_rate(cfg)
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    scaled = ""
+    if rate != cfg.SOLVER.BASE_LR:
+        reference = cfg.INSTSEG.SCALE_LR_BATCH
+        scaled = f" (SOLVER.BASE_LR {cfg.SOLVER.BASE_LR:g} scaled from a batch of {reference})"
+    return (
+        f"{cfg.INSTSEG.OPTIMIZER} on {trainable / 1e6:.2f} M parameters: learning rate {rate:g}"
+        f"{scaled} for {batch} images per step = {rate / batch:.3g} per image; "
+        f"{comm.get_world_size()} process(es) x {cfg.INSTSEG.ACCUMULATE} micro-batch(es) x "
+        f"{micro_batch(cfg)} image(s)."
+    )
+
+
+def warn_tiny_batch_norm(cfg: CfgNode, model: nn.Module) -> None:
+    """Warn once if batch normalisation is trained on very few images per process."""
+    layers = plain_batch_norms(model)
+    images = micro_batch(cfg)
+    if layers and images < TINY_BATCH:
+        logger.warning(
+            "%d batch normalisation layers (first: %s) are trained on the statistics of only %d "
+            "image(s) per process: use FrozenBN, GN or SyncBN (MODEL.RESNETS.NORM, "
+            "MODEL.FPN.NORM), or more images per process.",
+            len(layers),
+            layers[0],
+            images,
+        )
