@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from instseg_ext.structures.rle import segmentation_rle
+
 __all__ = [
     "average_precision",
     "average_precision_backend",
@@ -107,14 +109,10 @@ def normalise_ground_truth(dataset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _area(annotation: Mapping[str, Any], size_hw: tuple | None) -> float:
-    segmentation = annotation.get("segmentation")
-    if segmentation and size_hw and None not in size_hw:
-        rle = segmentation
-        if isinstance(segmentation, list):
-            rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size_hw))
-        elif isinstance(segmentation["counts"], list):
-            rle = coco_mask.frPyObjects(segmentation, *size_hw)
-        return float(coco_mask.area(rle))
+    if size_hw and None not in size_hw:
+        rle = segmentation_rle(annotation.get("segmentation"), *size_hw)
+        if rle is not None:
+            return float(coco_mask.area(rle))
     _, _, width, height = annotation.get("bbox", (0, 0, 0, 0))
     return float(width * height)
 

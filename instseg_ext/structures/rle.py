@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-__all__ = ["decode_masks", "encode_masks", "is_rle", "rle_boxes"]
+__all__ = ["decode_masks", "encode_masks", "is_rle", "rle_boxes", "segmentation_rle"]
 
 
 def is_rle(segmentation: object) -> bool:
@@ -125,6 +125,24 @@ def rle_boxes(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
     xywh = np.asarray(coco_mask.toBbox([_compressed(rle) for rle in rles])).reshape(-1, 4)
     corners = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1).round()
     return corners.astype(np.int64) * (xywh[:, 2:].prod(axis=1, keepdims=True) > 0)
+
+
+def segmentation_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
+    """Bring a COCO ``segmentation`` of any form to compressed RLE.
+
+    Args:
+        segmentation: list of polygons ``[x0, y0, x1, y1, ...]``, or run lengths.
+        height: of the image.
+        width: of the image.
+
+    Returns:
+        The run lengths, or ``None`` where there is no outline: nothing at all, or polygons of
+        fewer than three points only.
+    """
+    if isinstance(segmentation, Mapping):
+        return _compressed(segmentation) if segmentation else None
+    polygons = [polygon for polygon in segmentation or [] if len(polygon) >= 6]
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None
 
 
 def _compressed(rle: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from instseg_ext.structures.rle import segmentation_rle
 from instseg_ext.visualization.contact_sheet import contact_sheet, side_by_side, write_image
 from instseg_ext.visualization.draw import DrawStyle, draw_instances
 
@@ -100,20 +101,6 @@ def _packed(rle: Mapping[str, Any]) -> dict[str, Any]:
     return {"size": rle["size"], "counts": counts.encode() if isinstance(counts, str) else counts}
 
 
-def annotation_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
-    """Bring polygons or run lengths to compressed RLE; ``None`` where there is no outline."""
-    if isinstance(segmentation, list):
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        if not polygons:
-            return None
-        return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-    if not segmentation:
-        return None
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, height, width)
-    return dict(segmentation)
-
-
 def rank_images(
     dataset: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
@@ -170,7 +157,7 @@ def _report(
 ) -> ImageReport:
     annotations = []
     for annotation in truth:
-        rle = annotation_rle(annotation.get("segmentation"), image["height"], image["width"])
+        rle = segmentation_rle(annotation.get("segmentation"), image["height"], image["width"])
         if rle is not None:
             annotations.append({**annotation, "segmentation": rle})
     kept = [r for r in results if r["score"] >= threshold and "segmentation" in r]
