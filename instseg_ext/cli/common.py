@@ -77,9 +77,9 @@ def typed_config_from_args(args: argparse.Namespace) -> tuple[CfgNode, Method, f
         raise ValueError("--config-file is missing; `instseg models` lists the configs.")
     if weights:
         cfg.MODEL.WEIGHTS = weights
-    for flag in args.register:
-        name, json_file, image_dir = data.parse_register_flag(flag)
-        data.declare(cfg, name, json_file, image_dir)
+    if args.register:
+        data.add_registrations(cfg, [data.parse_register_flag(flag) for flag in args.register])
+        data.register_from_config(cfg)
     return cfg, zoo.method_of(cfg), typed
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "main", "run"]
 
-_OWN_TRAIN, _OWN_VAL = "own_train", "own_val"
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run as ``train_net.py``; returns the exit status."""
@@ -116,17 +114,16 @@ def prepare(args: argparse.Namespace) -> tuple[CfgNode, Method]:
 def _declare_own_data(cfg: CfgNode, args: argparse.Namespace) -> None:
     from instseg_ext import data
 
-    for split, name in (("train", _OWN_TRAIN), ("val", _OWN_VAL)):
+    for split, key in (("train", "TRAIN"), ("val", "TEST")):
         json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
         if bool(json_file) != bool(images):
             given, missing = ("json", "images") if json_file else ("images", "json")
             raise ValueError(f"--{split}-{given} needs --{split}-{missing} beside it.")
         if json_file:
-            data.declare(cfg, name, json_file, images)
-            if split == "train":
-                cfg.DATASETS.TRAIN = (name,)
-            else:
-                cfg.DATASETS.TEST = (name,)
+            name = data.free_name(f"own_{split}", json_file, images)
+            data.add_registrations(cfg, [{"NAME": name, "JSON": json_file, "IMAGES": images}])
+            cfg.DATASETS[key] = (name,)
+    data.register_from_config(cfg)
     if args.train_json and not args.val_json:
         # The configured test set has other classes: evaluating on it would be meaningless.
         cfg.DATASETS.TEST = ()
@@ -174,7 +171,7 @@ def _check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
         return
     names = () if args.eval_only else cfg.DATASETS.TRAIN
     for name in dict.fromkeys((*names, *cfg.DATASETS.TEST)):
-        data.cheap_check(name)
+        data.cheap_check(name, training=name in names)
 
 
 def _worker(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Data: registration, checks, augmentation, and the loaders of training and testing."""
 
+from instseg_ext.data.check import Report, cheap_check, check_dataset
 from instseg_ext.data.config import add_data_config
 from instseg_ext.data.loader import (
     TrainLoader,
@@ -9,10 +10,11 @@ from instseg_ext.data.loader import (
 )
 from instseg_ext.data.mapper import InstSegDatasetMapper, build_mapper
 from instseg_ext.data.registration import (
-    add_registrations,
     dataset_classes,
     dataset_files,
+    declare,
     ensure_files,
+    free_name,
     parse_register_flag,
     register,
     register_bundled,
@@ -22,15 +24,19 @@ from instseg_ext.data.shapes import make_shapes
 
 __all__ = [
     "InstSegDatasetMapper",
+    "Report",
     "TrainLoader",
     "add_data_config",
-    "add_registrations",
     "build_mapper",
     "build_test_loader",
     "build_train_loader",
+    "cheap_check",
+    "check_dataset",
     "dataset_classes",
     "dataset_files",
+    "declare",
     "ensure_files",
+    "free_name",
     "load_training_dicts",
     "make_shapes",
     "parse_register_flag",

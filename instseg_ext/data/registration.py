@@ -17,10 +17,11 @@ from instseg_ext.data.coco import load_coco, read_categories
 from instseg_ext.data.shapes import SHAPE_CATEGORIES, SHAPE_SPLITS, cached_shapes, generate_cached
 
 __all__ = [
-    "add_registrations",
     "dataset_classes",
     "dataset_files",
+    "declare",
     "ensure_files",
+    "free_name",
     "parse_register_flag",
     "register",
     "register_bundled",
@@ -67,6 +68,16 @@ def register(name: str, json_file: str | os.PathLike, image_root: str | os.PathL
     )
 
 
+def free_name(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> str:
+    """Return ``name``, or ``name_2``, ``name_3``, ... where it stands for other files already."""
+    files = (Path(json_file).absolute(), Path(image_root).absolute())
+    candidate, number = name, 1
+    while _REGISTERED.get(candidate, files) != files:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
 def register_bundled() -> None:
     """Register the bundled nuclei and the generated shapes; may be called any number of times."""
     nuclei = resources.root() / "datasets" / "nuclei"
@@ -78,11 +89,11 @@ def register_bundled() -> None:
             register(name, *cached_shapes(name))
 
 
-def parse_register_flag(text: str) -> dict[str, str]:
+def parse_register_flag(text: str) -> tuple[str, str, str]:
     """Read ``NAME=ANNOTATIONS.json:IMAGE_DIR``.
 
     Returns:
-        ``{"NAME", "JSON", "IMAGES"}``, the form of ``INSTSEG.DATASETS``.
+        name, annotation file and image folder.
 
     Raises:
         ValueError: if the text has another form.
@@ -94,26 +105,31 @@ def parse_register_flag(text: str) -> dict[str, str]:
         colon = ""
     if not (name and equals and json_file and colon and images):
         raise ValueError(f"--register wants NAME=ANNOTATIONS.json:IMAGE_DIR, not {text!r}.")
-    return {"NAME": name, "JSON": json_file, "IMAGES": images}
+    return name, json_file, images
 
 
-def add_registrations(cfg: CfgNode, entries: list[dict[str, str]]) -> None:
-    """Put registrations into ``INSTSEG.DATASETS``, with absolute paths.
+def declare(
+    cfg: CfgNode, name: str, json_file: str | os.PathLike, image_root: str | os.PathLike
+) -> None:
+    """Register a data set and write it into ``INSTSEG.DATASETS``, with absolute paths.
+
+    It then travels with the dumped config and the checkpoint.
 
     Args:
         cfg: changed in place; an entry that is there already is not repeated.
-        entries: as :func:`parse_register_flag` gives them.
+        name: see :func:`register`.
+        json_file: annotation file.
+        image_root: folder of the images.
+
+    Raises:
+        ValueError: if the name already stands for other files.
     """
+    register(name, json_file, image_root)
+    json_file, image_root = _REGISTERED[name]
+    entry = {"NAME": name, "JSON": str(json_file), "IMAGES": str(image_root)}
     known = [dict(e) for e in cfg.INSTSEG.DATASETS]
-    for entry in entries:
-        resolved = {
-            "NAME": entry["NAME"],
-            "JSON": str(Path(entry["JSON"]).absolute()),
-            "IMAGES": str(Path(entry["IMAGES"]).absolute()),
-        }
-        if resolved not in known:
-            known.append(resolved)
-    cfg.INSTSEG.DATASETS = known
+    if entry not in known:
+        cfg.INSTSEG.DATASETS = [*known, entry]
 
 
 def register_from_config(cfg: CfgNode) -> None:
