@@ -30,9 +30,7 @@ def random_mask(rng, height, width, side):
 
 
 def make_dataset(seed=0, images=8, height=128, width=160):
-        entries.append(
-            {"id": 100 + index, "file_name": f"{index}.png", "height": height, "width": width}
-        )
+    """COCO data with objects of all sizes, crowds, an empty image, and a class without objects."""
     rng = np.random.default_rng(seed)
     entries, annotations = [], []
     for index in range(images):

@@ -97,7 +97,7 @@ def test_keypoints_equal_pycocotools():
 
 
 def test_sparse_annotation_files(make, tmp_path, dataset):
-    """Neither info nor ids, areas and crowd flags; one degenerate polygon; two categories of one name."""
+    """No info, ids, areas, crowd flags; a degenerate polygon; two categories of one name."""
     full, _ = average_precision(dataset, make.results(dataset), "segm")
     bare = {
         "images": dataset["images"],
