@@ -10,9 +10,9 @@ from instseg_ext.data.loader import (
 )
 from instseg_ext.data.mapper import InstSegDatasetMapper, build_mapper
 from instseg_ext.data.registration import (
+    add_registrations,
     dataset_classes,
     dataset_files,
-    declare,
     ensure_files,
     free_name,
     parse_register_flag,
@@ -27,6 +27,7 @@ __all__ = [
     "Report",
     "TrainLoader",
     "add_data_config",
+    "add_registrations",
     "build_mapper",
     "build_test_loader",
     "build_train_loader",
@@ -34,7 +35,6 @@ __all__ = [
     "check_dataset",
     "dataset_classes",
     "dataset_files",
-    "declare",
     "ensure_files",
     "free_name",
     "load_training_dicts",

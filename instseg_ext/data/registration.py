@@ -17,9 +17,9 @@ from instseg_ext.data.coco import load_coco, read_categories
 from instseg_ext.data.shapes import SHAPE_CATEGORIES, SHAPE_SPLITS, cached_shapes, generate_cached
 
 __all__ = [
+    "add_registrations",
     "dataset_classes",
     "dataset_files",
-    "declare",
     "ensure_files",
     "free_name",
     "parse_register_flag",
@@ -89,11 +89,11 @@ def register_bundled() -> None:
             register(name, *cached_shapes(name))
 
 
-def parse_register_flag(text: str) -> tuple[str, str, str]:
+def parse_register_flag(text: str) -> dict[str, str]:
     """Read ``NAME=ANNOTATIONS.json:IMAGE_DIR``.
 
     Returns:
-        name, annotation file and image folder.
+        ``{"NAME", "JSON", "IMAGES"}``, the form of ``INSTSEG.DATASETS``.
 
     Raises:
         ValueError: if the text has another form.
@@ -105,31 +105,29 @@ def parse_register_flag(text: str) -> tuple[str, str, str]:
         colon = ""
     if not (name and equals and json_file and colon and images):
         raise ValueError(f"--register wants NAME=ANNOTATIONS.json:IMAGE_DIR, not {text!r}.")
-    return name, json_file, images
+    return {"NAME": name, "JSON": json_file, "IMAGES": images}
 
 
-def declare(
-    cfg: CfgNode, name: str, json_file: str | os.PathLike, image_root: str | os.PathLike
-) -> None:
-    """Register a data set and write it into ``INSTSEG.DATASETS``, with absolute paths.
+def add_registrations(cfg: CfgNode, entries: list[dict[str, str]]) -> None:
+    """Register data sets and write them into ``INSTSEG.DATASETS``, with absolute paths.
 
-    It then travels with the dumped config and the checkpoint.
+    They then travel with the dumped config and the checkpoint.
 
     Args:
         cfg: changed in place; an entry that is there already is not repeated.
-        name: see :func:`register`.
-        json_file: annotation file.
-        image_root: folder of the images.
+        entries: as :func:`parse_register_flag` gives them.
 
     Raises:
-        ValueError: if the name already stands for other files.
+        ValueError: if a name already stands for other files.
     """
-    register(name, json_file, image_root)
-    json_file, image_root = _REGISTERED[name]
-    entry = {"NAME": name, "JSON": str(json_file), "IMAGES": str(image_root)}
     known = [dict(e) for e in cfg.INSTSEG.DATASETS]
-    if entry not in known:
-        cfg.INSTSEG.DATASETS = [*known, entry]
+    for entry in entries:
+        register(entry["NAME"], entry["JSON"], entry["IMAGES"])
+        json_file, image_root = _REGISTERED[entry["NAME"]]
+        absolute = {"NAME": entry["NAME"], "JSON": str(json_file), "IMAGES": str(image_root)}
+        if absolute not in known:
+            known.append(absolute)
+    cfg.INSTSEG.DATASETS = known
 
 
 def register_from_config(cfg: CfgNode) -> None:

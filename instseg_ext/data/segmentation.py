@@ -12,6 +12,7 @@ import numpy as np
 from pycocotools import mask as mask_util
 
 __all__ = [
+    "as_rle",
     "clean_segmentation",
     "compress_rle",
     "decode_compressed_counts",
@@ -183,3 +184,10 @@ def rasterise_polygons(polygons: Sequence[Sequence[float]], height: int, width: 
     """Draw the union of polygons into a (H, W) uint8 mask of 0 and 1; parts outside are cut off."""
     flat = [np.asarray(p, dtype=np.float64).reshape(-1).tolist() for p in polygons]
     return mask_util.decode(mask_util.merge(mask_util.frPyObjects(flat, height, width)))
+
+
+def as_rle(segmentation: list | dict, size_hw: tuple[int, int]) -> dict:
+    """Turn a clean segmentation into compressed RLE."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    return mask_util.merge(mask_util.frPyObjects(segmentation, *size_hw))
