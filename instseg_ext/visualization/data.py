@@ -1,0 +1,86 @@
+"""Pictures of training samples as the network sees them, after augmentation."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, detection_utils
+
+from instseg_ext import data
+from instseg_ext.visualization.contact_sheet import contact_sheet, write_image
+from instseg_ext.visualization.draw import DrawStyle, draw_instances
+
+if TYPE_CHECKING:
+    from instseg_ext.method import Method
+
+__all__ = ["draw_sample", "draw_training_samples"]
+
+
+def draw_training_samples(
+    cfg: CfgNode, method: Method, out_dir: str | os.PathLike, count: int = 8
+) -> list[Path]:
+    """Draw the first samples of the training stream, one picture each and a sheet of all.
+
+    The stream is the one that training with this seed (``SEED``, or 0) begins with.
+
+    Args:
+        cfg: of the run; reads what the training loader reads.
+        method: record of the configured method; its mapper is used if it brings one.
+        out_dir: folder for ``samples.png`` and ``sample_000.png``, ...; made if missing.
+        count: number of samples.
+
+    Returns:
+        the files written, the sheet first.
+
+    Raises:
+        ValueError: if ``count`` is not positive, or as the training loader raises.
+    """
+    if count < 1:
+        raise ValueError(f"--count wants at least 1 picture, not {count}.")
+    build_mapper = method.build_mapper or data.build_mapper
+    loader = data.build_train_loader(cfg, build_mapper(cfg, True), seed=max(cfg.SEED, 0))
+    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
+    samples = itertools.islice(itertools.chain.from_iterable(loader), count)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    files, cells = [], []
+    for index, sample in enumerate(samples):
+        picture = draw_sample(sample, cfg.INPUT.FORMAT, names)
+        height, width = sample["image"].shape[1:]
+        caption = f"{Path(sample['file_name']).name}  {width}x{height}"
+        cells.append((picture, f"{caption}  {len(sample['instances'])} objects"))
+        files.append(out / f"sample_{index:03d}.png")
+        write_image(str(files[-1]), picture)
+    sheet = contact_sheet(cells, columns=4, title=f"Training samples of {cfg.DATASETS.TRAIN[0]}")
+    write_image(str(out / "samples.png"), sheet)
+    return [out / "samples.png", *files]
+
+
+def draw_sample(sample: dict, image_format: str, names: list[str]) -> np.ndarray:
+    """Draw masks, boxes and class names of one mapped sample over its image.
+
+    Args:
+        sample: what a training mapper gives: ``image`` (C, H, W) and ``instances``.
+        image_format: channel order of the image, ``INPUT.FORMAT``.
+        names: class names by contiguous index.
+
+    Returns:
+        (h, w, 3) uint8 BGR, small images enlarged.
+    """
+    pixels: torch.Tensor = sample["image"].permute(1, 2, 0).float().clamp(0, 255)
+    rgb = detection_utils.convert_image_to_rgb(pixels.round().byte(), image_format)
+    instances = sample["instances"]
+    return draw_instances(
+        np.ascontiguousarray(rgb[:, :, ::-1]),
+        masks=instances.gt_masks.tensor.numpy().astype(bool),
+        boxes=instances.gt_boxes.tensor.numpy(),
+        classes=instances.gt_classes.tolist(),
+        names=names,
+        style=DrawStyle(boxes=True, min_side=256),
+    )
