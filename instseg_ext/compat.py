@@ -96,13 +96,12 @@ def _release06_obstacle() -> str | None:
 def require_detectron2() -> None:
     """Check that a usable detectron2 can be imported, and import it.
 
-    The order is that in which people meet the failures: torchvision without operators, no
-    detectron2, the 0.6 release with libraries newer than it, a build that does not load.
+    Checked from cheap to dear: no detectron2, the 0.6 release with libraries newer than it,
+    torchvision without operators, a build that does not load.
 
     Raises:
         ImportError: with one sentence that names the culprit and the remedy.
     """
-    require_torchvision_ops()
     folder = _detectron2_folder()
     if folder is None:
         raise ImportError(f"detectron2 is not installed: {DETECTRON2_INSTALL}.")
@@ -113,6 +112,7 @@ def require_detectron2() -> None:
                 f"the detectron2 at {folder} is the 0.6 release (or older), which does not work "
                 f"with {obstacle}: uninstall it, then {DETECTRON2_INSTALL}."
             )
+    require_torchvision_ops()
     try:
         with warnings.catch_warnings():
             # Scripted classes of detectron2 are deprecated in current torch; nothing to act on.
