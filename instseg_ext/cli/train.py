@@ -165,7 +165,7 @@ def _check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
     from instseg_ext import data, engine
 
     if not args.eval_only:
-        engine.check_output_dir(cfg.OUTPUT_DIR, resume=args.resume, overwrite=args.overwrite)
+        engine.check_output_dir(cfg.OUTPUT_DIR, args.resume, args.overwrite, cfg)
     engine.check_weights(cfg, resume=args.resume)
     if args.skip_check:
         return
@@ -183,9 +183,10 @@ def _worker(args: argparse.Namespace) -> None:
 
     cfg, method = prepare(args)
     engine.setup(cfg, args)
+    limit = engine.DRY_RUN_IMAGES if args.dry_run else None
     if args.eval_only:
-        engine.evaluate_checkpoint(cfg, method, reset_classifier=args.reset_classifier)
+        engine.evaluate_checkpoint(cfg, method, limit=limit, reset_classifier=args.reset_classifier)
         return
-    trainer = engine.Trainer(cfg, method)
+    trainer = engine.Trainer(cfg, method, eval_limit=limit)
     trainer.resume_or_load(resume=args.resume, reset_classifier=args.reset_classifier)
     trainer.train()
