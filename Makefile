@@ -28,7 +28,7 @@ env:  ## make the environment, or bring it up to date
 	@$(PYTHON) tools/make_env.py --venv "$(VENV)" --detectron2 "$(DETECTRON2)"
 
 demo: env  ## train on real images, evaluate, draw (about 10 minutes on 2 cores)
-	$(RUN) train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT) $(DEMO_OPTS)
+	$(RUN) train_net.py --config-file $(DEMO_CONFIG) --overwrite OUTPUT_DIR $(DEMO_OUTPUT) $(DEMO_OPTS)
 	$(RUN) -m instseg_ext.cli.main visualize predictions --config-file $(DEMO_OUTPUT)/config.yaml \
 		--weights $(DEMO_OUTPUT)/model_final.pth --output $(DEMO_OUTPUT)/pictures
 	@echo "Scores: $(DEMO_OUTPUT)/results.json   Pictures: $(DEMO_OUTPUT)/pictures"
