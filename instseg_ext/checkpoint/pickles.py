@@ -54,6 +54,8 @@ def _numpy_globals() -> dict[tuple[str, str], Any]:
         ("numpy", "dtype"): _plain_dtype,
         # Protocol 2 writes bytes as text that is encoded again on reading.
         ("_codecs", "encode"): _latin1_bytes,
+        ("__builtin__", "bytes"): _no_bytes,
+        ("builtins", "bytes"): _no_bytes,
     }
     for core in ("numpy.core", "numpy._core"):
         table[f"{core}.multiarray", "_reconstruct"] = multiarray._reconstruct
@@ -84,3 +86,8 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
     return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    """Stand in for ``bytes``, which protocol 2 calls for the content of empty arrays."""
+    return b""

@@ -8,6 +8,7 @@ and builtin containers and nothing else.
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def fetch_weights(path: str) -> str:
     Raises:
         FileNotFoundError: if there is no such file or it cannot be downloaded.
     """
-    name = path.partition("?")[0] if "://" in path else path
+    name = path.partition("?")[0]
     try:
         local = PathManager.get_local_path(name)
     except (OSError, ValueError) as error:  # urllib's URLError is an OSError
@@ -160,21 +161,13 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 def _unreadable(file: Path, error: Exception, unsafe: bool) -> ValueError:
     """Word the failure: refused content has a remedy, damaged content has none."""
     text = str(error)
-    refused = isinstance(error, pickle.UnpicklingError) and (
-        "GLOBAL" in text or "refers to" in text or "holds" in text or "asks for" in text
-    )
-    if refused and not unsafe:
-        return ValueError(f"{file} is more than weights ({_culprit(text)}): {_REMEDY}.")
+    # Torch words it in several ways, ours is "it refers to".
+    refused = re.search(r"(?:global:? |it refers to )([\w.]+)", text, re.IGNORECASE)
+    if refused and isinstance(error, pickle.UnpicklingError) and not unsafe:
+        return ValueError(
+            f"{file} is more than weights (it refers to {refused[1].rstrip('.')}): {_REMEDY}."
+        )
     return ValueError(f"{file} cannot be read ({_first_line(error)}): it is damaged or no weights.")
-
-
-def _culprit(text: str) -> str:
-    """Pick the sentence that names the global out of torch's long message."""
-    for line in text.splitlines():
-        position = line.find("Unsupported global: ")
-        if position >= 0:
-            return line[position:].partition(" was not")[0]
-    return text.strip().splitlines()[0]
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ import logging
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver import LRScheduler, build_lr_scheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
@@ -16,6 +17,7 @@ from instseg_ext.engine.distributed import plain_batch_norms
 __all__ = [
     "TINY_BATCH",
     "build_optimizer",
+    "build_scheduler",
     "effective_lr_report",
     "effective_rate",
     "micro_batch",
@@ -85,6 +87,26 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             weight_decay=decay,
         )
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Build detectron2's learning rate schedule.
+
+    ``SOLVER.STEPS`` at or after ``SOLVER.MAX_ITER`` are left out, so that any config can be run
+    shorter (detectron2 leaves out later ones and fails on an equal one).
+
+    Args:
+        cfg: full config; not changed.
+        optimizer: gets the rate of the first iteration at once.
+    """
+    steps = cfg.SOLVER.STEPS
+    kept = tuple(step for step in steps if step < cfg.SOLVER.MAX_ITER)
+    if len(kept) < len(steps):
+        logger.info("SOLVER.STEPS in use: %s (before SOLVER.MAX_ITER).", kept)
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.STEPS = kept
+    return build_lr_scheduler(cfg, optimizer)
 
 
 def micro_batch(cfg: CfgNode) -> int:

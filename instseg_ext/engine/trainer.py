@@ -19,7 +19,6 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, TrainerBase
 from detectron2.engine import hooks as d2_hooks
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -96,18 +95,21 @@ class Trainer(TrainerBase):
         self._eval_limit = eval_limit
         self._set_seed(choose_seed(cfg.SEED))
 
+        # Random initial weights follow from the seed, too, whatever was drawn before.
+        seed_step(self.seed, 0, rank=0)
         model = build_model(self.cfg)
         model.train()
         self.optimizer = optim.build_optimizer(self.cfg, model)
-        self.scheduler = build_lr_scheduler(self.cfg, self.optimizer)
+        self.scheduler = optim.build_scheduler(self.cfg, self.optimizer)
         logger.info("%s", optim.effective_lr_report(self.cfg, model))
         optim.warn_tiny_batch_norm(self.cfg, model)
-        average = self.cfg.INSTSEG.EMA
-        self.ema = ModelEma(model, average.DECAY, average.WARMUP) if average.ENABLED else None
         self._precision = resolve_precision(self.cfg)
         self._device_type = next(model.parameters()).device.type
         self.grad_scaler = compat.grad_scaler(self._device_type, self._precision == "fp16")
         self.model = create_ddp_model(model)
+        # After DDP has given all processes the weights of the first.
+        average = self.cfg.INSTSEG.EMA
+        self.ema = ModelEma(model, average.DECAY, average.WARMUP) if average.ENABLED else None
         self.checkpointer = InstSegCheckpointer(
             model,
             self.cfg.OUTPUT_DIR,
