@@ -13,7 +13,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 from instseg_ext.config import check_choice
-from instseg_ext.methods.solo.head import SOLOv2Head, SOLOv2Outputs, flatten_cells
+from instseg_ext.methods.solo.head import DeformOptions, SOLOv2Head, SOLOv2Outputs, flatten_cells
 from instseg_ext.methods.solo.inference import Detections, InferenceOptions, category_scores, detect
 from instseg_ext.methods.solo.losses import category_loss, mask_loss
 from instseg_ext.methods.solo.targets import CellGrid, CellTargets, make_targets
@@ -133,6 +133,13 @@ class SOLOv2(DenseInstanceSegmenter):
             mask_in_features=node.MASK_FEATURES.IN_FEATURES,
             mask_width=node.MASK_FEATURES.CONV_DIM,
             norm=check_choice("MODEL.SOLO.NORM", node.NORM, ("GN", "BN", "SyncBN")),
+            deform=DeformOptions(
+                towers=check_choice(
+                    "MODEL.SOLO.DEFORM.TOWERS", node.DEFORM.TOWERS, ("none", "last", "all")
+                ),
+                mask_features=node.DEFORM.MASK_FEATURES,
+                modulated=node.DEFORM.MODULATED,
+            ),
             prior_prob=node.PRIOR_PROB,
         )
         return {

@@ -6,6 +6,7 @@ row-major order, K classes, E kernel channels, (Hm, Wm) size of the mask map.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,8 +16,35 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
 
 from instseg_ext.layers.coord import append_coords
+from instseg_ext.layers.deform_conv import DeformConvPack
 
-__all__ = ["MaskFeatures", "SOLOv2Head", "SOLOv2Outputs", "flatten_cells", "resize_to_stride"]
+__all__ = [
+    "DeformOptions",
+    "MaskFeatures",
+    "SOLOv2Head",
+    "SOLOv2Outputs",
+    "flatten_cells",
+    "resize_to_stride",
+]
+
+
+@dataclass(frozen=True)
+class DeformOptions:
+    """Where the head uses deformable convolution; see the config keys of the same names.
+
+    Attributes:
+        towers: ``none``, ``last`` or ``all`` convolutions of each tower.
+        mask_features: all convolutions of the mask features.
+        modulated: v2 instead of v1.
+    """
+
+    towers: str = "none"
+    mask_features: bool = False
+    modulated: bool = False
+
+    def in_tower(self, index: int, num_convs: int) -> bool:
+        """Tell whether convolution ``index`` of a tower is deformable."""
+        return self.towers == "all" or (self.towers == "last" and index == num_convs - 1)
 
 
 class SOLOv2Outputs(NamedTuple):
@@ -70,25 +98,35 @@ def resize_to_stride(
     return resized
 
 
-def _block(in_dim: int, out_dim: int, kernel_size: int, norm: str) -> Conv2d:
-    """Return convolution without bias, normalisation, ReLU."""
-    conv = Conv2d(
-        in_dim,
-        out_dim,
-        kernel_size,
-        padding=kernel_size // 2,
-        bias=False,
-        norm=get_norm(norm, out_dim),
-        activation=F.relu_,
-    )
+def _block(
+    in_dim: int, out_dim: int, kernel_size: int, norm: str, deform: bool = False, v2: bool = False
+) -> nn.Module:
+    """Return (deformable) convolution without bias, normalisation, ReLU."""
+    options = {
+        "padding": kernel_size // 2,
+        "bias": False,
+        "norm": get_norm(norm, out_dim),
+        "activation": F.relu_,
+    }
+    if deform:
+        conv = DeformConvPack(in_dim, out_dim, kernel_size, modulated=v2, **options)
+    else:
+        conv = Conv2d(in_dim, out_dim, kernel_size, **options)
     nn.init.normal_(conv.weight, std=0.01)
     return conv
 
 
-def _tower(in_dim: int, width: int, num_convs: int, norm: str) -> nn.Sequential:
+def _tower(
+    in_dim: int, width: int, num_convs: int, norm: str, deform: DeformOptions
+) -> nn.Sequential:
     """Return ``num_convs`` 3x3 blocks."""
     dims = [in_dim] + [width] * num_convs
-    return nn.Sequential(*(_block(a, b, 3, norm) for a, b in pairwise(dims)))
+    return nn.Sequential(
+        *(
+            _block(a, b, 3, norm, deform.in_tower(q, num_convs), deform.modulated)
+            for q, (a, b) in enumerate(pairwise(dims))
+        )
+    )
 
 
 def _predictor(in_dim: int, out_dim: int, bias: float) -> Conv2d:
@@ -108,7 +146,14 @@ class MaskFeatures(nn.Module):
     """
 
     def __init__(
-        self, *, in_dim: int, width: int, out_dim: int, strides: Sequence[int], norm: str
+        self,
+        *,
+        in_dim: int,
+        width: int,
+        out_dim: int,
+        strides: Sequence[int],
+        norm: str,
+        deform: DeformOptions | None = None,
     ) -> None:
         """Build the convolutions.
 
@@ -118,11 +163,14 @@ class MaskFeatures(nn.Module):
             out_dim: channels of the result (E).
             strides: of the inputs, finest first, each a power of two times the first.
             norm: normalisation layer.
+            deform: deformable convolutions; none by default.
 
         Raises:
             ValueError: if the strides are no powers of two apart or do not grow.
         """
         super().__init__()
+        deform = deform or DeformOptions()
+        style = (norm, deform.mask_features, deform.modulated)
         steps = [max(stride // strides[0], 1).bit_length() - 1 for stride in strides]
         exact = [strides[0] << step for step in steps] == list(strides)
         if not exact or steps != sorted(set(steps)):
@@ -135,8 +183,8 @@ class MaskFeatures(nn.Module):
             # The last input sees coordinates; with one input only, that is the first.
             first = in_dim + 2 if level == len(steps) - 1 else in_dim
             dims = [first] + [width] * max(step, 1)
-            self.levels.append(nn.ModuleList(_block(a, b, 3, norm) for a, b in pairwise(dims)))
-        self.pred = _block(width, out_dim, 1, norm)
+            self.levels.append(nn.ModuleList(_block(a, b, 3, *style) for a, b in pairwise(dims)))
+        self.pred = _block(width, out_dim, 1, *style)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Fuse.
@@ -184,6 +232,7 @@ class SOLOv2Head(nn.Module):
         mask_in_features: Sequence[str] = ("p2", "p3", "p4", "p5"),
         mask_width: int = 128,
         norm: str = "GN",
+        deform: DeformOptions | None = None,
         prior_prob: float = 0.01,
     ) -> None:
         """Build the layers and initialise them as the authors do.
@@ -200,9 +249,11 @@ class SOLOv2Head(nn.Module):
             mask_in_features: features that make the mask features, finest first.
             mask_width: channels of the mask-feature convolutions before the sum.
             norm: normalisation layer of all convolutions.
+            deform: deformable convolutions; none by default.
             prior_prob: category score of every cell before training.
         """
         super().__init__()
+        deform = deform or DeformOptions()
         in_dim = input_shape[in_features[0]].channels
         self.in_features = tuple(in_features)
         self.mask_in_features = tuple(mask_in_features)
@@ -210,8 +261,8 @@ class SOLOv2Head(nn.Module):
         self.num_grids = tuple(num_grids)
         self.finest = input_shape[in_features[0]].stride
         self.mask_stride = input_shape[mask_in_features[0]].stride
-        self.category_tower = _tower(in_dim, width, num_convs, norm)
-        self.kernel_tower = _tower(in_dim + 2, width, num_convs, norm)
+        self.category_tower = _tower(in_dim, width, num_convs, norm, deform)
+        self.kernel_tower = _tower(in_dim + 2, width, num_convs, norm, deform)
         self.category_pred = _predictor(
             width, num_classes, -math.log((1 - prior_prob) / prior_prob)
         )
@@ -222,6 +273,7 @@ class SOLOv2Head(nn.Module):
             out_dim=kernel_dim,
             strides=[input_shape[name].stride for name in mask_in_features],
             norm=norm,
+            deform=deform,
         )
 
     def forward(self, features: Mapping[str, Tensor]) -> SOLOv2Outputs:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from instseg_ext.methods.solo.head import (
+    DeformOptions,
     MaskFeatures,
     SOLOv2Outputs,
     flatten_cells,
@@ -137,3 +138,22 @@ def test_masks_equal_one_convolution_per_candidate(make_head):
 def test_flatten_is_level_major_then_row_major():
     levels = [torch.arange(4.0).view(1, 1, 2, 2), torch.arange(4.0, 13).view(1, 1, 3, 3)]
     assert flatten_cells(levels).flatten().tolist() == list(range(13))
+
+
+def test_deformable_convolutions_are_where_they_were_asked_for(make_head):
+    narrow = {"dim": 32, "num_convs": 2, "width": 32, "kernel_dim": 32, "mask_width": 32}
+
+    def offsets(**options):
+        head = make_head(**narrow, deform=DeformOptions(**options))
+        head(pyramid(64, 64, 32))
+        shapes = {
+            k: v.shape[0] for k, v in head.state_dict().items() if k.endswith("offset.weight")
+        }
+        return {key.removesuffix(".offset.weight"): value for key, value in shapes.items()}
+
+    assert offsets() == {}
+    assert offsets(towers="last") == {"category_tower.1": 18, "kernel_tower.1": 18}
+    everywhere = offsets(towers="all", mask_features=True, modulated=True)
+    assert len(everywhere) == 4 + 8
+    assert everywhere["mask_features.pred"] == 3
+    assert everywhere["category_tower.0"] == 27
