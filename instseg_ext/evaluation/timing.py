@@ -132,6 +132,11 @@ class StageTimer:
         self._rows.append(row)
         self._images.append(images)
 
+    def milliseconds(self, stage: str) -> list[float]:
+        """Give the times of one stage by batch, warm-up left out as far as others follow."""
+        skip = min(self.warmup, max(len(self._rows) - 1, 0))
+        return [row[stage] * 1e3 for row in self._rows[skip:]]
+
     def summary(self) -> dict[str, Any]:
         """Summarise what was measured, as ``results.json`` holds it.
 
@@ -141,9 +146,8 @@ class StageTimer:
             allocated by torch; else resident size of the process), ``device``, ``threads``. NaN
             where nothing was measured.
         """
-        skip = min(self.warmup, max(len(self._rows) - 1, 0))
-        rows, images = self._rows[skip:], self._images[skip:]
-        columns = {stage: [row[stage] * 1e3 for row in rows] for stage in STAGES}
+        columns = {stage: self.milliseconds(stage) for stage in STAGES}
+        images = self._images[len(self._images) - len(columns["total"]) :]
         seconds = sum(columns["total"]) / 1e3
         return {
             "median_ms": {stage: _percentile(values, 50) for stage, values in columns.items()},

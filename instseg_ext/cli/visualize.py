@@ -1,0 +1,207 @@
+"""``instseg visualize``: what the network sees, and what it predicts beside the truth.
+
+A method may bring figures of its own (``Method.figures``): functions ``(predictor, images, folder)
+-> files`` that get an ``engine.predictor.Predictor``, a list of ``(name, (H, W, 3) uint8 BGR
+picture)`` and the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instseg_ext.cli import common
+
+if TYPE_CHECKING:
+    import numpy as np
+    from detectron2.config import CfgNode
+
+    from instseg_ext.method import Method
+
+__all__ = ["add_parser", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``instseg visualize``."""
+    parser = subparsers.add_parser("visualize", help="draw training data or predictions")
+    parser.add_argument(
+        "kind",
+        help="data (what the network sees after augmentation), predictions (truth beside "
+        "prediction, worst images first), or a figure of the method",
+    )
+    common.add_config_arguments(parser)
+    add = parser.add_argument
+    add("--output", metavar="DIR", help="folder (default OUTPUT_DIR/visualize/KIND)")
+    add("--overwrite", action="store_true", help="the folder may hold files already")
+    add("--count", type=int, default=12, help="pictures (default 12)")
+    add(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="data set (default: the first of DATASETS.TEST)",
+    )
+    add(
+        "--results",
+        metavar="JSON",
+        help="predictions: a coco_instances_results.json; left out, the model is run",
+    )
+    add(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        metavar="T",
+        help="predictions: leave out detections with a lower score (default 0.5)",
+    )
+    add(
+        "--order",
+        choices=("worst", "best", "dataset"),
+        default="worst",
+        help="predictions: which images come first",
+    )
+    add("--limit", type=int, default=0, metavar="N", help="predictions: the first N images only")
+    add("--input", nargs="+", metavar="WHAT", help="a method's figure: pictures to show it on")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw, and log where the files are."""
+    from detectron2.utils.logger import setup_logger
+
+    setup_logger(name="instseg_ext")
+    cfg, method = common.config_from_args(args)
+    kinds = {"data": _data, "predictions": _predictions}
+    if args.kind not in kinds and args.kind not in method.figures:
+        known = ", ".join([*kinds, *method.figures])
+        raise ValueError(f"{method.name} has no figure {args.kind!r}; known are {known}.")
+    folder = Path(args.output or Path(cfg.OUTPUT_DIR) / "visualize" / args.kind)
+    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
+        raise FileExistsError(f"{folder} holds files; choose another --output or --overwrite.")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = kinds.get(args.kind, _figure)(args, cfg, method, folder)
+    logger.info("%d pictures in %s.", len(files), folder)
+    if files:
+        logger.info("The one to open first: %s", files[-1])
+    return 0
+
+
+def _data(
+    args: argparse.Namespace, cfg: CfgNode, method: Method, folder: Path
+) -> Sequence[str | Path]:
+    from instseg_ext.visualization.data import draw_training_samples
+
+    return draw_training_samples(cfg, method, folder, args.count)
+
+
+def _dataset_name(args: argparse.Namespace, cfg: CfgNode) -> str:
+    name = args.dataset or next(iter(cfg.DATASETS.TEST), "")
+    if not name:
+        raise ValueError("--dataset is missing, and DATASETS.TEST of the config is empty.")
+    return name
+
+
+def _predictions(
+    args: argparse.Namespace, cfg: CfgNode, method: Method, folder: Path
+) -> list[Path]:
+    from instseg_ext import data
+    from instseg_ext.engine.media import read_picture
+    from instseg_ext.evaluation import load_ground_truth
+    from instseg_ext.visualization import predictions
+
+    name = _dataset_name(args, cfg)
+    data.ensure_files(name)
+    files = data.dataset_files(name)
+    if files is None:
+        raise ValueError(f"Data set {name!r} has no COCO file to compare with.")
+    truth, images = load_ground_truth(files[0]), Path(files[1])
+    if args.limit:
+        truth["images"] = truth["images"][: args.limit]
+    if args.results:
+        results = _read_results(args.results, truth)
+    else:
+        results = _predict(args, cfg, method, truth, images)
+    reports = predictions.rank_images(
+        truth, results, threshold=args.confidence_threshold, order=args.order
+    )
+    if reports:
+        mean = sum(report.quality for report in reports) / len(reports)
+        logger.info("Mean quality of %d images: %.3f.", len(reports), mean)
+    return predictions.draw_reports(
+        reports,
+        truth["categories"],
+        lambda image: read_picture(str(images / image["file_name"])),
+        folder,
+        count=args.count,
+        title=f"{name}, {args.order} first" if args.order != "dataset" else name,
+    )
+
+
+def _read_results(path: str, truth: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read a COCO result file; with ``--limit``, results of other images are dropped."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--results {path} does not exist.")
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--results {path} is not valid JSON: {error}.") from error
+    wanted = {"image_id", "category_id", "score"}
+    if not isinstance(results, list) or not all(wanted <= set(r) for r in results):
+        raise ValueError(f"--results {path} is no list of COCO results with {sorted(wanted)}.")
+    known = {image["id"] for image in truth["images"]}
+    kept = [result for result in results if result["image_id"] in known]
+    if results and not kept:
+        raise ValueError(f"--results {path} belongs to another data set: no image id fits.")
+    return kept
+
+
+def _predict(
+    args: argparse.Namespace, cfg: CfgNode, method: Method, truth: dict[str, Any], images: Path
+) -> list[dict[str, Any]]:
+    """Run the model over the images of a data set."""
+    from tqdm import tqdm
+
+    from instseg_ext.engine.media import prefetch, read_picture
+    from instseg_ext.engine.predictor import Predictor
+    from instseg_ext.evaluation import instances_to_results
+
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("Give --results of an evaluation, or --weights to run the model.")
+    predictor = Predictor(cfg, method, threshold=args.confidence_threshold)
+    category_ids = sorted(category["id"] for category in truth["categories"])
+    entries = truth["images"]
+    pictures = prefetch(read_picture(str(images / entry["file_name"])) for entry in entries)
+    results: list[dict[str, Any]] = []
+    progress = tqdm(zip(entries, pictures, strict=True), total=len(entries), disable=None)
+    for entry, picture in progress:
+        results += instances_to_results(predictor(picture), entry["id"], category_ids)
+    return results
+
+
+def _figure(
+    args: argparse.Namespace, cfg: CfgNode, method: Method, folder: Path
+) -> Sequence[str | Path]:
+    from instseg_ext.engine.predictor import Predictor
+
+    pictures = _pictures(args, cfg)
+    return method.figures[args.kind](Predictor(cfg, method), pictures, folder)
+
+
+def _pictures(args: argparse.Namespace, cfg: CfgNode) -> list[tuple[str, np.ndarray]]:
+    """Read the pictures of ``--input``, or else the first ones of the data set."""
+    from instseg_ext import data
+    from instseg_ext.engine.media import expand_inputs, read_picture
+
+    if args.input:
+        paths = [source.path for source in expand_inputs(args.input) if source.kind == "image"]
+    else:
+        from detectron2.data import DatasetCatalog
+
+        name = _dataset_name(args, cfg)
+        data.ensure_files(name)
+        paths = [entry["file_name"] for entry in DatasetCatalog.get(name)]
+    return [(Path(path).stem, read_picture(path)) for path in paths[: args.count]]
