@@ -49,7 +49,10 @@ def load_config(name_or_path: str, opts: Sequence[object] = ()) -> tuple[CfgNode
     """Return the config of ``get_config`` and the keys that ``opts`` typed."""
     cfg = get_cfg()
     add_instseg_config(cfg)
-    config_nodes.merge_file(cfg, config_nodes.find_config(name_or_path))
+    file = config_nodes.find_config(name_or_path)
+    config_nodes.merge_file(cfg, file)
+    # A dumped config keeps the name of the one it came from.
+    cfg.INSTSEG.CONFIG = cfg.INSTSEG.CONFIG or config_nodes.display_name(file)
     typed = config_nodes.merge_overrides(cfg, opts)
     config_nodes.resolve_device(cfg, typed)
     # Both raise early on a value that no model could be built with.

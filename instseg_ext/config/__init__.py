@@ -1,7 +1,13 @@
 """Shared config keys, and safe, typed loading of config files and overrides."""
 
 from instseg_ext.config.defaults import add_missing, add_shared_config
-from instseg_ext.config.loading import config_names, find_config, merge_file, merge_overrides
+from instseg_ext.config.loading import (
+    config_names,
+    display_name,
+    find_config,
+    merge_file,
+    merge_overrides,
+)
 from instseg_ext.config.resolve import PRECISIONS, check_choice, resolve_device, resolve_precision
 
 __all__ = [
@@ -10,6 +16,7 @@ __all__ = [
     "add_shared_config",
     "check_choice",
     "config_names",
+    "display_name",
     "find_config",
     "merge_file",
     "merge_overrides",

@@ -30,6 +30,8 @@ def add_shared_config(cfg: CfgNode) -> None:
     _C = cfg
     _C.INSTSEG = CfgNode()
 
+    # Name of the config this one was loaded from; written by get_config, shown in results.json.
+    _C.INSTSEG.CONFIG = ""
     # Data sets declared by the config itself: a list of {"NAME": ..., "JSON": ..., "IMAGES": ...},
     # COCO format. Command-line registrations are written here, so that a dumped config can be used
     # alone.

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 
 from instseg_ext import resources
 
-__all__ = ["config_names", "find_config", "merge_file", "merge_overrides"]
+__all__ = ["config_names", "display_name", "find_config", "merge_file", "merge_overrides"]
 
 
 def config_names() -> list[str]:
@@ -49,6 +49,14 @@ def find_config(name_or_path: str) -> Path:
         f"Config {name_or_path!r} is neither a file nor a known name; nearest: {', '.join(near)}. "
         "`instseg models` lists all of them."
     )
+
+
+def display_name(path: Path) -> str:
+    """Return ``<Project>/<config>`` for a file of ``projects``, else the file's name."""
+    path = path.resolve()
+    if path.parent.parent.parent == (resources.root() / "projects").resolve():
+        return f"{path.parent.parent.name}/{path.stem}"
+    return path.name
 
 
 def merge_file(cfg: CfgNode, path: Path) -> None:

@@ -178,7 +178,7 @@ def _finish(
 ) -> None:
     logger.info("Speed per batch:\n%s", report.speed_table(speed, STAGES))
     summary = {
-        "config": cfg.INSTSEG.get("CONFIG", "") or cfg.MODEL.META_ARCHITECTURE,
+        "config": cfg.INSTSEG.CONFIG,
         "weights": cfg.MODEL.WEIGHTS,
         "iteration": iteration,
         "datasets": results,

@@ -46,9 +46,10 @@ def run(request, shapes, tmp_path_factory):
 
 
 def test_dry_run_writes_results_in_the_agreed_form(run):
-    _, output = run
+    case, output = run
     results = json.loads((output / "results.json").read_text())
     assert set(results) >= {"config", "weights", "datasets", "speed"}
+    assert results["config"] == case.config
     (name,) = results["datasets"]
     assert name.startswith("own_val")
     assert {"AP", "AP50", "AP75"} <= set(results["datasets"][name]["segm"])
@@ -83,8 +84,8 @@ def test_predict_in_a_fresh_process_knows_the_class_names(run, shapes, tmp_path)
     )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "drawn").glob("*.png")) or list((tmp_path / "drawn").glob("*.jpg"))
-    predictions = json.loads((tmp_path / "drawn" / "predictions.json").read_text())
-    assert [c["name"] for c in predictions["categories"]] == ["circle", "square", "triangle"]
+    images = json.loads((tmp_path / "drawn" / "images.json").read_text())
+    assert [c["name"] for c in images["categories"]] == ["circle", "square", "triangle"]
 
 
 def test_eval_only_gives_the_same_results(run, shapes, tmp_path):
