@@ -242,7 +242,7 @@ def fill(venv: Path, detectron2: str, extras: str, owned: bool) -> None:
     say("installing packages (torch is large: a few minutes)")
     # Building with the pinned setuptools, not in isolated folders: same result every day, and no
     # download per source package. Compiling what is imported is left to the first import.
-    pip(venv, "install", *pinned, "setuptools>=77,<82", "wheel")
+    pip(venv, "install", *pinned, "setuptools>=77", "wheel")
     target = f"{ROOT}[{extras}]" if extras else str(ROOT)
     pip(venv, "install", *pinned, "--no-build-isolation", "--no-compile", "-e", target)
     install_detectron2(venv, detectron2, owned)
