@@ -226,7 +226,7 @@ def _rectangle(
 ) -> None:
     cv2 = compat.opencv()
     x0, y0, x1, y1 = (round(float(side)) for side in box)
-    cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), colour, thickness, cv2.LINE_AA)
+    cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), colour, thickness)
 
 
 def put_text(

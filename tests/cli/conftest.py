@@ -7,6 +7,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import logger
 from torch import nn
 
 from instseg_ext import data
@@ -87,6 +88,8 @@ def blob_cfg(tmp_path):
 def use_blobs(monkeypatch, blob_cfg, blob_method):
     """Every command gets the blob model, whatever config it asks for."""
     monkeypatch.setattr(common, "config_from_args", lambda args: (blob_cfg, blob_method))
+    # detectron2's set-up cuts the logger off from its parents, and so from caplog, for good.
+    monkeypatch.setattr(logger, "setup_logger", lambda **kwargs: None)
     return blob_cfg
 
 
