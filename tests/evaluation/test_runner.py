@@ -36,6 +36,7 @@ def cfg(tmp_path, dataset):
     cfg.MODEL.DEVICE = "cpu"
     cfg.OUTPUT_DIR = str(tmp_path / "out")
     cfg.MODEL.WEIGHTS = "some/where.pth"
+    cfg.INSTSEG.CONFIG = "Toy/toy"
     yield cfg
     for name in names:
         DatasetCatalog.remove(name)
@@ -55,7 +56,7 @@ def test_evaluate_writes_scores_and_speed(make, cfg, perfect, tmp_path, caplog):
     assert "NaN" not in text
     written = json.loads(text)
     assert written["weights"] == "some/where.pth"
-    assert written["config"]
+    assert written["config"] == "Toy/toy"
     first = written["datasets"][cfg.DATASETS.TEST[0]]
     assert first["segm"]["AP50"] == pytest.approx(100)
     assert first["segm"]["AP-ghost"] is None
