@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pycocotools import mask as mask_util
 
-from instseg_ext.data.coco import read_json
+from instseg_ext.data.coco import paused_gc, read_json
 from instseg_ext.data.registration import dataset_files, ensure_files
 from instseg_ext.data.segmentation import as_rle, clean_segmentation
 from instseg_ext.data.validity import box_mask_problem, box_problem, image_problem
@@ -126,7 +126,8 @@ def check_dataset(
         FileNotFoundError: if the annotation file is missing.
         CocoFormatError: if it is not a COCO dictionary at all.
     """
-    return _check(json_file, image_root, decode)
+    with paused_gc():
+        return _check(json_file, image_root, decode)
 
 
 def cheap_check(name: str, *, training: bool = True) -> Report | None:
