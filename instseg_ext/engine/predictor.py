@@ -88,7 +88,7 @@ class Predictor:
         cfg: CfgNode,
         method: Method,
         *,
-        threshold: float = 0.0,
+        threshold: float | None = None,
         mask_output: str = "rle",
     ) -> None:
         """Build the model and load ``MODEL.WEIGHTS``.
@@ -96,7 +96,8 @@ class Predictor:
         Args:
             cfg: not modified.
             method: the method that ``cfg`` configures.
-            threshold: detections with a lower score are left out.
+            threshold: detections with a lower score are left out, and the method's own bounds are
+                lowered to it; ``None`` leaves the config's bounds alone.
             mask_output: ``rle`` or ``bool``, for models that have this switch.
 
         Raises:
@@ -105,7 +106,7 @@ class Predictor:
         """
         self.cfg = cfg.clone()
         self.cfg.defrost()
-        lowered = lower_thresholds(self.cfg, method, threshold)
+        lowered = [] if threshold is None else lower_thresholds(self.cfg, method, threshold)
         if lowered:
             logger.info("Lowered %s to %s.", ", ".join(lowered), threshold)
         self.threshold = threshold
@@ -159,4 +160,6 @@ class Predictor:
         instances = instances.to("cpu")
         if instances.has("pred_masks_rle"):  # a plain list cannot be indexed by a tensor
             instances.pred_masks_rle = RLEList(instances.pred_masks_rle)
-        return instances[instances.scores >= self.threshold]
+        return (
+            instances if self.threshold is None else instances[instances.scores >= self.threshold]
+        )

@@ -94,3 +94,8 @@ def test_random_weights_are_admitted(blob_cfg, blob_method, caplog):
     blob_cfg.MODEL.WEIGHTS = ""
     Predictor(blob_cfg, blob_method)
     assert "random weights" in caplog.text
+
+
+def test_without_a_threshold_the_config_rules(blob_cfg, blob_method, picture):
+    assert len(Predictor(blob_cfg, blob_method)(picture())) == 1
+    assert len(Predictor(blob_cfg, blob_method, threshold=0.0)(picture())) == 2

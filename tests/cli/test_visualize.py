@@ -119,5 +119,5 @@ def test_figures_of_a_method(blob_data, blob_method, use_blobs, monkeypatch, tmp
     assert run("rays", "--count", 2) == 0
     assert run("rays", "--input", tmp_path / "im1.png", "--output", tmp_path / "r") == 0
     assert [len(counts) for counts, _ in calls] == [2, 1]
-    assert calls[0][0] == [2, 2]
+    assert calls[0][0] == [1, 1]
     assert calls[1][1] == tmp_path / "r"
