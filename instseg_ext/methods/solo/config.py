@@ -39,8 +39,9 @@ def add_solo_config(cfg: CN) -> None:
     _C.MODEL.SOLO.CENTER_RADIUS = 0.2
 
     # ---- head ----
-    # 3x3 convolutions of each tower and their width.
+    # 3x3 convolutions of each tower.
     _C.MODEL.SOLO.NUM_CONVS = 4
+    # Width of the towers.
     _C.MODEL.SOLO.CONV_DIM = 512
     # Channels of the mask features and of the kernel that each cell predicts (E); SOLOv2 only.
     _C.MODEL.SOLO.KERNEL_DIM = 256
@@ -67,10 +68,13 @@ def add_solo_config(cfg: CN) -> None:
     _C.MODEL.SOLO.DEFORM.MODULATED = False
 
     # ---- losses ----
+    # Weight of the category loss.
     _C.MODEL.SOLO.LOSS_WEIGHT_CLS = 1.0
     # Weight of the dice loss (lambda).
     _C.MODEL.SOLO.LOSS_WEIGHT_MASK = 3.0
+    # Focal loss: weight of the positive term (alpha), 1 - alpha for the negative one.
     _C.MODEL.SOLO.FOCAL_ALPHA = 0.25
+    # Focal loss: exponent (gamma).
     _C.MODEL.SOLO.FOCAL_GAMMA = 2.0
 
     # ---- inference ----
@@ -80,8 +84,9 @@ def add_solo_config(cfg: CN) -> None:
     _C.MODEL.SOLO.MASK_THRESH = 0.5
     # Best candidates that enter Matrix NMS.
     _C.MODEL.SOLO.NMS_PRE = 500
-    # gaussian or linear decay; sigma multiplies the squared IoU of the gaussian one.
+    # Decay of Matrix NMS: gaussian or linear.
     _C.MODEL.SOLO.NMS_KERNEL = "gaussian"
+    # Multiplies the squared IoU in the gaussian decay (sigma).
     _C.MODEL.SOLO.NMS_SIGMA = 2.0
     # Decayed scores below this are dropped. TEST.DETECTIONS_PER_IMAGE of the others are kept.
     _C.MODEL.SOLO.UPDATE_THRESH = 0.05
