@@ -39,7 +39,7 @@ def contact_sheet(
     if not cells:
         raise ValueError("A contact sheet needs at least one picture.")
     columns = min(columns, len(cells))
-    gap, text = max(6, cell_width // 60), max(9, cell_width // 42)
+    gap, text = max(6, cell_width // 60), max(9, cell_width // 72)
     fitted = [(_fit(image, cell_width), caption) for image, caption in cells]
     rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
     width = columns * cell_width + (columns + 1) * gap
@@ -98,6 +98,10 @@ def _caption(
 
 
 def _title(title: str, width: int, text: int, gap: int) -> np.ndarray:
+    height = round(text * 1.3)
+    height = max(
+        6, min(height, int(height * (width - 2 * gap) / max(1, text_width(title, height))))
+    )
     strip = np.full((2 * text + 2 * gap, width, 3), _PAPER, dtype=np.uint8)
-    put_text(strip, title, (gap, strip.shape[0] - gap), round(text * 1.2), _INK)
+    put_text(strip, title, (gap, strip.shape[0] - gap), height, _INK)
     return strip

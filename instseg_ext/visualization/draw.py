@@ -42,7 +42,12 @@ class DrawStyle:
 
 
 def instance_colour(number: int) -> tuple[int, int, int]:
-    """Give a bright BGR colour; equal numbers get equal ones, neighbours different ones."""
+    """Give a bright BGR colour; equal numbers get equal ones, neighbours different ones.
+
+    Negative numbers are grey: instances that do not count.
+    """
+    if number < 0:
+        return 160, 160, 160
     hue = (0.58 + number * 0.618033988749895) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(
         hue, (0.85, 0.6, 1.0)[number % 3], (1.0, 1.0, 0.9)[number % 3]
@@ -90,7 +95,8 @@ def draw_instances(
         classes: N class indices, or ``None`` for labels without a class.
         scores: N scores, or ``None`` for labels without a score.
         names: class names by index.
-        ids: N numbers that choose the colours, for instance track ids; by position if ``None``.
+        ids: N numbers that choose the colours, for instance track ids; by position if ``None``,
+            grey if negative.
         style: see ``DrawStyle``.
 
     Returns:

@@ -22,7 +22,7 @@ from instseg_ext.structures.rle import segmentation_rle
 from instseg_ext.visualization.contact_sheet import contact_sheet, side_by_side, write_image
 from instseg_ext.visualization.draw import DrawStyle, draw_instances
 
-__all__ = ["ImageReport", "draw_reports", "image_quality", "rank_images"]
+__all__ = ["ImageReport", "draw_reports", "image_quality", "match_instances", "rank_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class ImageReport:
         image: entry of the data set's ``images``.
         annotations: its annotations, masks as compressed RLE.
         detections: its detections above the threshold, highest score first.
+        matches: per detection, the index of its annotation or ``None``.
         quality: 0 (all wrong) to 1; 1 where there is nothing to find and nothing was found.
         missed: annotations without a detection.
         spurious: detections without an annotation.
@@ -45,46 +46,66 @@ class ImageReport:
     image: Mapping[str, Any]
     annotations: Sequence[Mapping[str, Any]]
     detections: Sequence[Mapping[str, Any]]
+    matches: Sequence[int | None]
     quality: float
     missed: int
     spurious: int
 
 
-def image_quality(
+def match_instances(
     annotations: Sequence[Mapping[str, Any]], detections: Sequence[Mapping[str, Any]]
-) -> tuple[float, int, int]:
-    """Judge the detections of one image.
-
-    Crowd annotations are neither wanted nor held against a detection that lies in them by more than
-    half.
+) -> list[tuple[int | None, float]]:
+    """Give each detection the annotation it stands for.
 
     Args:
         annotations: with ``category_id``, ``segmentation`` (compressed RLE) and ``iscrowd``.
         detections: with ``category_id`` and ``segmentation``; earlier ones choose first.
 
     Returns:
-        Quality in [0, 1], number of annotations missed, number of spurious detections.
+        Per detection, the index of its annotation and their overlap. ``None`` stands for no
+        annotation, with an overlap above 0.5 where the detection lies in a crowd by so much.
     """
-    overlap_sum, missed, spurious = 0.0, 0, 0
-    hits = 0
-    for category in {entry["category_id"] for entry in (*annotations, *detections)}:
-        wanted = [a for a in annotations if a["category_id"] == category]
-        found = [d for d in detections if d["category_id"] == category]
-        crowd = np.array([bool(a.get("iscrowd", 0)) for a in wanted], dtype=bool)
-        overlaps = _overlaps(found, wanted, crowd)
+    matches: list[tuple[int | None, float]] = [(None, 0.0)] * len(detections)
+    for category in {entry["category_id"] for entry in detections}:
+        wanted = [i for i, a in enumerate(annotations) if a["category_id"] == category]
+        found = [i for i, d in enumerate(detections) if d["category_id"] == category]
+        crowd = np.array([bool(annotations[i].get("iscrowd", 0)) for i in wanted], dtype=bool)
+        overlaps = _overlaps(
+            [detections[i] for i in found], [annotations[i] for i in wanted], crowd
+        )
         free = ~crowd
-        for row in overlaps:
+        for detection, row in zip(found, overlaps, strict=True):
             candidates = np.where(free, row, 0.0)
             best = int(candidates.argmax()) if len(candidates) else -1
             if best >= 0 and candidates[best] > MATCH_IOU:
                 free[best] = False
-                overlap_sum += float(candidates[best])
-                hits += 1
-            elif not (row[crowd] > MATCH_IOU).any():
-                spurious += 1
-        missed += int(free.sum())
-    total = hits + (missed + spurious) / 2
-    return (overlap_sum / total if total else 1.0), missed, spurious
+                matches[detection] = wanted[best], float(candidates[best])
+            else:
+                matches[detection] = None, float(row[crowd].max(initial=0.0))
+    return matches
+
+
+def image_quality(
+    annotations: Sequence[Mapping[str, Any]],
+    matches: Sequence[tuple[int | None, float]],
+) -> tuple[float, int, int]:
+    """Judge the detections of one image.
+
+    Crowd annotations are neither wanted nor held against a detection that lies in them by more
+    than half.
+
+    Args:
+        annotations: see ``match_instances``.
+        matches: what it returned.
+
+    Returns:
+        Quality in [0, 1], number of annotations missed, number of spurious detections.
+    """
+    hits = [overlap for index, overlap in matches if index is not None]
+    spurious = sum(index is None and overlap <= MATCH_IOU for index, overlap in matches)
+    missed = sum(not annotation.get("iscrowd", 0) for annotation in annotations) - len(hits)
+    total = len(hits) + (missed + spurious) / 2
+    return (sum(hits) / total if total else 1.0), missed, spurious
 
 
 def _overlaps(
@@ -162,7 +183,9 @@ def _report(
             annotations.append({**annotation, "segmentation": rle})
     kept = [r for r in results if r["score"] >= threshold and "segmentation" in r]
     kept.sort(key=lambda result: -result["score"])
-    return ImageReport(image, annotations, kept, *image_quality(annotations, kept))
+    matches = match_instances(annotations, kept)
+    quality = image_quality(annotations, matches)
+    return ImageReport(image, annotations, kept, [index for index, _ in matches], *quality)
 
 
 def draw_reports(
@@ -173,7 +196,7 @@ def draw_reports(
     *,
     count: int = 12,
     title: str = "",
-    columns: int = 1,
+    columns: int = 0,
 ) -> list[Path]:
     """Draw the first reports, ground truth left and prediction right, and a sheet of all.
 
@@ -184,7 +207,7 @@ def draw_reports(
         output_dir: made if missing; files are named by rank.
         count: images at most.
         title: first line of the sheet.
-        columns: pairs per row of the sheet.
+        columns: pairs per row of the sheet; 0 takes 2 where there are more than 4 pairs.
 
     Returns:
         The files; the sheet is the last.
@@ -200,15 +223,18 @@ def draw_reports(
         stem = Path(str(report.image.get("file_name", report.image["id"]))).stem
         files.append(folder / f"{rank:03d}_{stem}.png")
         write_image(files[-1], pair)
+        objects = _real(report.annotations)
         caption = (
-            f"{stem}   quality {report.quality:.2f}   {_real(report.annotations)} objects, "
+            f"{stem}   quality {report.quality:.2f}   {objects} object{'s' * (objects != 1)}, "
             f"{report.missed} missed, {report.spurious} spurious"
         )
         cells.append((pair, caption))
     if cells:
         files.append(folder / "contact_sheet.png")
         heading = f"{title}   left: ground truth, right: prediction".strip()
-        write_image(files[-1], contact_sheet(cells, columns=columns, cell_width=960, title=heading))
+        columns = columns or (1 if len(cells) <= 4 else 2)
+        sheet = contact_sheet(cells, columns=columns, cell_width=800, title=heading)
+        write_image(files[-1], sheet)
     return files
 
 
@@ -220,22 +246,25 @@ def _pair(
     image: np.ndarray, report: ImageReport, index: Mapping[int, int], names: Sequence[str]
 ) -> np.ndarray:
     style = DrawStyle(min_side=400)
-    wanted = [annotation for annotation in report.annotations if not annotation.get("iscrowd", 0)]
     # One class needs no name at every object.
     show = len(names) > 1
+    wanted, found = report.annotations, report.detections
     left = draw_instances(
         image,
         [annotation["segmentation"] for annotation in wanted],
         classes=[index[a["category_id"]] for a in wanted] if show else None,
         names=names,
+        ids=[-1 if a.get("iscrowd", 0) else i for i, a in enumerate(wanted)],
         style=style,
     )
     right = draw_instances(
         image,
-        [detection["segmentation"] for detection in report.detections],
-        classes=[index[d["category_id"]] for d in report.detections] if show else None,
-        scores=[detection["score"] for detection in report.detections],
+        [detection["segmentation"] for detection in found],
+        classes=[index[d["category_id"]] for d in found] if show else None,
+        scores=[detection["score"] for detection in found],
         names=names,
+        # A hit has the colour of its object.
+        ids=[len(wanted) + i if m is None else m for i, m in enumerate(report.matches)],
         style=style,
     )
     return side_by_side(left, right)

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from instseg_ext.structures.rle import encode_masks, segmentation_rle
-from instseg_ext.visualization.predictions import draw_reports, image_quality, rank_images
+from instseg_ext.visualization.predictions import (
+    draw_reports,
+    image_quality,
+    match_instances,
+    rank_images,
+)
 
 
 def rle(*boxes):
@@ -43,7 +48,7 @@ A, B = (0, 0, 20, 20), (40, 0, 60, 20)
     ],
 )
 def test_quality(truth, found, expected):
-    assert image_quality(truth, found) == pytest.approx(expected)
+    assert image_quality(truth, match_instances(truth, found)) == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -99,3 +104,11 @@ def test_outlines_of_every_form():
     assert segmentation_rle(None, 4, 4) is None
     assert segmentation_rle({"size": [2, 2], "counts": [1, 3]}, 2, 2)["counts"] == b"13"
     assert segmentation_rle(rle(A)[0], 60, 80) == rle(A)[0]
+
+
+def test_hits_take_the_colour_of_their_object(dataset):
+    truth = [entry(A), entry(B, iscrowd=1), entry((0, 40, 20, 60), category=2)]
+    found = [entry((0, 40, 20, 58), category=2), entry(B), entry(A), entry((30, 30, 35, 35))]
+    matches = match_instances(truth, found)
+    assert [index for index, _ in matches] == [2, None, 0, None]
+    assert [overlap for _, overlap in matches] == pytest.approx([0.9, 1.0, 1.0, 0.0])
