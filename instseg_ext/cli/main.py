@@ -68,8 +68,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     try:
         return args.run(args)
     except _USER_ERRORS as error:
-        if logging.getLogger("instseg_ext").isEnabledFor(logging.DEBUG):
-            raise
+        # Nobody listens before a run has set up its log; afterwards the place of the error matters.
+        logger.debug("The error below came from here:", exc_info=error)
         # str(KeyError) would put the sentence into quotation marks.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.stderr.write(f"{parser.prog}: error: {message}\n")
