@@ -138,8 +138,8 @@ def build_augmentations(
 ) -> list[T.Augmentation]:
     """Make the list of augmentations, in the order in which they are applied.
 
-    Photometric changes come first because the file's resolution is usually the smaller one; the
-    resize comes after the crop; the stretch is last, so that the model's input always has its size.
+    The resize comes late because the file's resolution is usually the smaller one; the stretch is
+    last, so that the model's input always has its size.
 
     Args:
         min_size: shortest sides in pixels to choose from (or to draw between); 0 = no resize.
@@ -176,8 +176,6 @@ def build_augmentations(
         augmentations.append(kind(*bounds))
     if crop is not None:
         augmentations.append(T.RandomCrop(*crop))
-    if max(min_size) > 0:
-        augmentations.append(T.ResizeShortestEdge(tuple(min_size), max_size, sampling))
     if flip != "none":
         augmentations.append(
             T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
@@ -186,6 +184,8 @@ def build_augmentations(
         augmentations.append(T.RandomFlip(horizontal=False, vertical=True))
     if rotate90:
         augmentations.append(RandomRotate90())
+    if max(min_size) > 0:
+        augmentations.append(T.ResizeShortestEdge(tuple(min_size), max_size, sampling))
     if any(stretch_hw):
         if len(stretch_hw) != 2 or min(stretch_hw) <= 0:
             raise ValueError(
