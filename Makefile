@@ -30,8 +30,8 @@ env:  ## make the environment, or bring it up to date
 demo: env  ## train on real images, evaluate, draw (about 10 minutes on 2 cores)
 	$(RUN) train_net.py --config-file $(DEMO_CONFIG) --overwrite OUTPUT_DIR $(DEMO_OUTPUT) $(DEMO_OPTS)
 	$(RUN) -m instseg_ext.cli.main visualize predictions --config-file $(DEMO_OUTPUT)/config.yaml \
-		--weights $(DEMO_OUTPUT)/model_final.pth --output $(DEMO_OUTPUT)/pictures
-	@echo "Scores: $(DEMO_OUTPUT)/results.json   Pictures: $(DEMO_OUTPUT)/pictures"
+		--weights $(DEMO_OUTPUT)/model_final.pth --output $(DEMO_OUTPUT)/pictures --overwrite
+	@echo "Scores are in $(DEMO_OUTPUT)/results.json, pictures in $(DEMO_OUTPUT)/pictures."
 
 test: env  ## run the tests (without the slow ones)
 	$(RUN) -m pytest -q $(TEST_OPTS)
