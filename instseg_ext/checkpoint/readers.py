@@ -1,6 +1,6 @@
 """Read weight files without running the code they may contain.
 
-``.pth .pt .pyth .bin`` through torch's weights-only unpickler (plain numpy arrays are allowed, too),
+``.pth .pt .pyth .bin`` through torch's weights-only unpickler (plain numpy arrays are allowed),
 ``.safetensors``, and ``.pkl`` (detectron2's model zoo) through an unpickler that knows numpy arrays
 and builtin containers and nothing else.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def toy_config(json_file, images, output, opts=()):
     add_shared_config(cfg)
     add_data_config(cfg)
     add_toy_config(cfg)
-    name = f"toy_{abs(hash(str(json_file)))}"
+    name = f"toy_{zlib.crc32(str(json_file).encode())}"
     cfg.INSTSEG.DATASETS = [{"NAME": name, "JSON": str(json_file), "IMAGES": str(images)}]
     cfg.INSTSEG.CLASS_NAMES = list(CLASSES)
     cfg.MODEL.META_ARCHITECTURE = "ToySegmenter"
