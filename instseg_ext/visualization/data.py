@@ -36,7 +36,7 @@ def draw_training_samples(
         count: number of samples.
 
     Returns:
-        the files written, the sheet first.
+        the files written, the sheet last.
 
     Raises:
         ValueError: if ``count`` is not positive, or as the training loader raises.
@@ -59,7 +59,7 @@ def draw_training_samples(
         write_image(str(files[-1]), picture)
     sheet = contact_sheet(cells, columns=4, title=f"Training samples of {cfg.DATASETS.TRAIN[0]}")
     write_image(str(out / "samples.png"), sheet)
-    return [out / "samples.png", *files]
+    return [*files, out / "samples.png"]
 
 
 def draw_sample(sample: dict, image_format: str, names: list[str]) -> np.ndarray:

@@ -296,6 +296,7 @@ def test_command(write_coco, good_coco, tmp_path, capsys):
 def test_mended_file_can_be_mapped(write_coco, good_coco):
     from detectron2.config import get_cfg
 
+    from instseg_ext.config import add_shared_config
     from instseg_ext.data import add_data_config
 
     for change in (
@@ -307,6 +308,7 @@ def test_mended_file_can_be_mapped(write_coco, good_coco):
     json_file, images = write_coco(good_coco)
     write_repaired(json_file, images, json_file.with_name("fixed.json"))
     cfg = get_cfg()
+    add_shared_config(cfg)
     add_data_config(cfg)
     cfg.INPUT.MIN_SIZE_TRAIN = (16,)
     mapper = build_mapper(cfg, True)

@@ -7,6 +7,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from instseg_ext.config import add_shared_config
 from instseg_ext.data import (
     InstSegDatasetMapper,
     TrainLoader,
@@ -245,6 +246,7 @@ def test_batch_that_cannot_be_cut(dicts, mapper):
 @pytest.fixture
 def cfg(shapes):
     cfg = get_cfg()
+    add_shared_config(cfg)
     add_data_config(cfg)
     register("small_shapes", *shapes)
     cfg.MODEL.DEVICE = "cpu"
@@ -312,9 +314,9 @@ def test_pictures_of_samples(cfg, tmp_path):
     cfg.INPUT.MIN_SIZE_TRAIN = (64,)
     method = SimpleNamespace(build_mapper=None)
     files = draw_training_samples(cfg, method, tmp_path / "out", count=5)
-    assert [f.name for f in files] == ["samples.png", *(f"sample_{i:03d}.png" for i in range(5))]
+    assert [f.name for f in files] == [*(f"sample_{i:03d}.png" for i in range(5)), "samples.png"]
     sample = take(build_train_loader(cfg, build_mapper(cfg, True), seed=0), 1)[0][0]
-    picture = cv2.imread(str(files[1]))
+    picture = cv2.imread(str(files[0]))
     factor = picture.shape[0] // 64
     assert picture.shape == (64 * factor, 64 * factor, 3)
     # Background pixels are those of the sample, object pixels are tinted.

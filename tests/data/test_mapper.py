@@ -11,6 +11,7 @@ from detectron2.structures import polygons_to_bitmask
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from instseg_ext.config import add_shared_config
 from instseg_ext.data import InstSegDatasetMapper, add_data_config, build_mapper
 from instseg_ext.data.augmentation import (
     Rotate90Transform,
@@ -51,6 +52,7 @@ def sample(tmp_path):
 
 def make_cfg(**changes):
     cfg = get_cfg()
+    add_shared_config(cfg)
     add_data_config(cfg)
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (40,), 40
     cfg.INPUT.RANDOM_FLIP = "none"

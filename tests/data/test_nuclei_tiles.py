@@ -25,7 +25,7 @@ def synthetic():
     """Build a label map: 1 in the left half, 2 across the fold border, 3 across a tile border."""
     labels = np.zeros((16, 32), dtype=np.uint16)
     labels[1:4, 1:4] = 1
-    labels[6:8, 14:19] = 2
+    labels[1:8, 14:19] = 2
     labels[3:12, 24:28] = 3  # rows 3-7 in the upper, 8-11 in the lower tile
     labels[5:9, 2:5] = 4  # 9 pixels above the tile border at row 8, 3 below: a sliver
     image = np.where(labels > 0, 200, 10).astype(np.uint8)
@@ -44,11 +44,11 @@ def test_tiles_and_crowds_of_a_synthetic_image(make_tiles):
         "y008_x024.png",
     ]
     found = {(a["image_id"], a["iscrowd"], a["area"]) for a in val["annotations"]}
-    # The border nucleus shows 2 x 3 pixels as a crowd; nucleus 3 is cut into two ordinary parts.
-    assert found == {(1, 1, 6), (2, 0, 20), (4, 0, 16)}
+    # The border nucleus shows 7 x 3 pixels as a crowd; nucleus 3 is cut into two ordinary parts.
+    assert found == {(1, 1, 21), (2, 0, 20), (4, 0, 16)}
     left = files["nuclei_fold1_val"]
     found = {(a["image_id"], a["iscrowd"], a["area"]) for a in left["annotations"]}
-    assert found == {(1, 0, 9), (1, 1, 9), (2, 1, 4), (3, 1, 3)}
+    assert found == {(1, 0, 9), (1, 1, 9), (2, 1, 14), (3, 1, 3)}
     assert len(files["nuclei_train"]["images"]) == 3 * 3
     for name, pixels in tiles.items():
         y, x = int(name[1:4]), int(name[6:9])

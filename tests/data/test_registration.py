@@ -2,6 +2,7 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from instseg_ext.config import add_shared_config
 from instseg_ext.data import (
     add_data_config,
     add_registrations,
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("registry")
 @pytest.fixture
 def cfg():
     cfg = get_cfg()
+    add_shared_config(cfg)
     add_data_config(cfg)
     return cfg
 
