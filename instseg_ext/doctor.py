@@ -288,7 +288,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "doctor", help="say what is installed, what will not work and how to mend it"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, needs_detectron2=False)
 
 
 def run(args: argparse.Namespace) -> int:

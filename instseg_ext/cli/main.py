@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from instseg_ext import __version__
+from instseg_ext import __version__, compat
 
 __all__ = ["main", "run_command"]
 
@@ -66,6 +66,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         parser.error(f"unrecognised arguments: {' '.join(unknown or rest)}")
     args.opts = rest
     try:
+        if getattr(args, "needs_detectron2", True):
+            compat.require_detectron2()
         return args.run(args)
     except _USER_ERRORS as error:
         # Nobody listens before a run has set up its log; afterwards the place of the error matters.

@@ -7,7 +7,6 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from instseg_ext import compat
 from instseg_ext.cli import common
 from instseg_ext.cli.main import run_command
 
@@ -76,8 +75,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check what is cheap to check, then train or evaluate in as many processes as asked for."""
-    compat.require_detectron2()
-    compat.require_torchvision_ops()
     from instseg_ext.engine import launch
 
     cfg, _ = prepare(args)

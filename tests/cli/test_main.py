@@ -14,7 +14,7 @@ from instseg_ext.cli import main as cli
 def parser_with(run, takes_overrides=True):
     parser = argparse.ArgumentParser(prog="tool")
     parser.add_argument("--flag", action="store_true")
-    parser.set_defaults(run=run, takes_overrides=takes_overrides)
+    parser.set_defaults(run=run, takes_overrides=takes_overrides, needs_detectron2=False)
     return parser
 
 
