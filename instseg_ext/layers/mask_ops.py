@@ -13,6 +13,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from instseg_ext.structures.rle import encode_masks
+
 __all__ = [
     "RLEList",
     "chunk_slices",
@@ -82,9 +84,7 @@ def tight_boxes(masks: Tensor) -> Tensor:
 def encode_rle(masks: Tensor) -> RLEList:
     """Encode masks as compressed COCO RLE.
 
-    COCO counts pixels column by column. A stack whose memory is already ordered (N, W, H) (that is,
-    a transposed view) is encoded without a copy; any other layout is transposed mask by mask, so
-    that the copy never exceeds one mask.
+    Only the tight box of each mask is scanned, see ``structures.rle``.
 
     Args:
         masks: (N, H, W) bool, any device, any strides.
@@ -93,12 +93,7 @@ def encode_rle(masks: Tensor) -> RLEList:
         N dictionaries ``{"size": [H, W], "counts": str}``; ``counts`` is ASCII text, ready for
         JSON, and pycocotools accepts it as it is.
     """
-    out = RLEList()
-    for mask in masks:
-        by_column = mask.detach().t().contiguous().cpu().numpy().view(np.uint8)
-        rle = coco_mask.encode(by_column.T[:, :, None])[0]
-        out.append({"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")})
-    return out
+    return RLEList(encode_masks(masks))
 
 
 def rle_boxes(rles: Sequence[dict[str, Any]]) -> Tensor:

@@ -55,17 +55,14 @@ def encode_masks(masks: torch.Tensor | np.ndarray) -> list[dict[str, Any]]:
 def _run_lengths(mask: np.ndarray) -> np.ndarray:
     """Give alternating run lengths, background first, of one (H, W) bool mask by column."""
     height, width = mask.shape
-    rows = np.flatnonzero(mask.any(axis=1))
-    if rows.size == 0:
+    box = _tight_box(mask)
+    if box is None:
         return np.array([height * width], dtype=np.int64)
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    band = mask[top:bottom]
-    columns = np.flatnonzero(band.any(axis=0))
-    left, right = int(columns[0]), int(columns[-1]) + 1
+    left, top, right, bottom = box
     # One zero above each column separates it from its neighbour, so one flat difference finds all
     # runs.
     padded = np.zeros((right - left, bottom - top + 1), dtype=np.int8)
-    padded[:, 1:] = band[:, left:right].T
+    padded[:, 1:] = mask[top:bottom, left:right].T
     flat = padded.ravel()
     change = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     if change.size % 2:
@@ -82,6 +79,22 @@ def _run_lengths(mask: np.ndarray) -> np.ndarray:
     bounds = np.concatenate(([0], position, [height * width]))
     lengths = np.diff(bounds)
     return lengths if lengths[-1] else lengths[:-1]
+
+
+def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Give XYXY, far sides exclusive, of one (H, W) bool mask, or ``None`` if it is empty.
+
+    The first pass goes along memory, whichever axis that is; the second sees a part only.
+    """
+    by_column = mask.flags.f_contiguous
+    lines = mask.T if by_column else mask
+    outer = np.flatnonzero(lines.any(axis=1))
+    if outer.size == 0:
+        return None
+    first, last = int(outer[0]), int(outer[-1]) + 1
+    inner = np.flatnonzero(lines[first:last].any(axis=0))
+    low, high = int(inner[0]), int(inner[-1]) + 1
+    return (first, low, last, high) if by_column else (low, first, high, last)
 
 
 def _merge_touching(position: np.ndarray) -> np.ndarray:

@@ -79,9 +79,9 @@ def write_image(path: str, image: np.ndarray) -> None:
 
 
 def _fit(image: np.ndarray, width: int) -> np.ndarray:
-    """Scale to ``width``, or to the height of a tall cell (4:3 upright) where that is less."""
+    """Scale to ``width``, or to 0.8 times that in height where that is less."""
     cv2 = compat.opencv()
-    factor = min(width / image.shape[1], width * 4 / 3 / image.shape[0])
+    factor = min(width / image.shape[1], width * 0.8 / image.shape[0])
     if factor == 1:
         return image
     size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))

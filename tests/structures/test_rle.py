@@ -47,6 +47,8 @@ def test_random_masks_equal_pycocotools_and_round_trip():
         encoded = encode_masks(torch.from_numpy(masks))
         assert encoded == [_oracle(mask) for mask in masks]
         assert np.array_equal(decode_masks(encoded), masks)
+        by_column = torch.from_numpy(np.ascontiguousarray(masks.transpose(0, 2, 1)))
+        assert encode_masks(by_column.transpose(1, 2)) == encoded
 
 
 def test_no_masks_and_wrong_shape():
