@@ -74,7 +74,11 @@ def tight_boxes(masks: Tensor) -> Tensor:
     """
     if masks.shape[0] == 0 or masks.shape[1] == 0 or masks.shape[2] == 0:
         return torch.zeros((masks.shape[0], 4), dtype=torch.float32, device=masks.device)
-    rows, cols = masks.any(dim=2), masks.any(dim=1)
+    if masks.device.type == "cpu":
+        pixels = masks.numpy()  # many times faster at this than the reductions of torch
+        rows, cols = (torch.from_numpy(pixels.any(axis=axis)) for axis in (2, 1))
+    else:
+        rows, cols = masks.any(dim=2), masks.any(dim=1)
     y0, y1 = _first_and_end(rows)
     x0, x1 = _first_and_end(cols)
     boxes = torch.stack([x0, y0, x1, y1], dim=1).to(torch.float32)

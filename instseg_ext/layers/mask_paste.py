@@ -74,7 +74,7 @@ def iter_pasted_masks(
     """
     height, width = image_size
     masks, boxes = masks.detach().float(), boxes.detach().float()
-    plane = 3 * height * width  # the mask, its transposed copy for RLE, the caller's copy
+    plane = 3 * height * width  # the mask, the copies that encoding and the caller make
     on_cpu = boxes.device.type == "cpu"
     # On the CPU one window after the other, on other devices all masks of a chunk at once.
     per_mask = plane if on_cpu else plane + _FLOAT_BYTES * height * width

@@ -148,19 +148,14 @@ class ThresholdedResize:
             return False
         return bool(probs.numel() and probs.amin() >= 0 and probs.amax() < 1e6)
 
-    def __call__(self, probs: Tensor, by_column: bool = False) -> Tensor:
+    def __call__(self, probs: Tensor) -> Tensor:
         """Return (n, H, W) bool masks.
 
         Args:
             probs: (n, h, w) float32, ``applicable``.
-            by_column: lay the result out as (n, W, H) in memory, as COCO's run lengths read it.
         """
-        rows, cols = self.rows, self.cols
-        if by_column:
-            probs, rows, cols = probs.transpose(1, 2), cols, rows
-        out = torch.zeros(
-            (len(probs), rows.weights.shape[0], cols.weights.shape[0]), dtype=torch.bool
-        )
+        size = self.rows.weights.shape[0], self.cols.weights.shape[0]
+        out = torch.zeros((len(probs), *size), dtype=torch.bool)
         # Where every tap is this far below the threshold, no rounding lifts the result above it.
         support = probs > self.threshold * (1 - 1e-5)
         windows = _spans(support.any(dim=2)), _spans(support.any(dim=1))
@@ -169,23 +164,20 @@ class ThresholdedResize:
                 continue
             self._tried += 1
             hopeless = self._failed > max(4, self._tried // 3)
-            if hopeless or not self._fill(out[i], probs[i], rows, cols, row_span, col_span):
+            if hopeless or not self._fill(out[i], probs[i], row_span, col_span):
                 self._failed += 1
-                plane = probs[i].t() if by_column else probs[i]
-                exact = self._step_by_step(plane[None].contiguous())[0]
-                out[i] = exact.t() if by_column else exact
-        return out.transpose(1, 2) if by_column else out
+                out[i] = self._step_by_step(probs[i : i + 1])[0]
+        return out
 
     def _fill(
         self,
         out: Tensor,
         probs: Tensor,
-        rows: AxisMap,
-        cols: AxisMap,
         row_span: tuple[int, int],
         col_span: tuple[int, int],
     ) -> bool:
         """Write one mask into ``out``; False when a pixel is too close to the threshold."""
+        rows, cols = self.rows, self.cols
         top, bottom = rows.window(*row_span)
         left, right = cols.window(*col_span)
         if top == bottom or left == right:

@@ -112,7 +112,7 @@ class _MaskMaker:
         self._resizes = sum(isinstance(step, Resize) for step in steps)
         self._step_bytes = _step_bytes(low_hw, steps)
         height, width = _output_size(low_hw, steps)
-        # the result, its transposed copy for RLE, the caller's copy
+        # the result, the copies that encoding and the caller make
         self._plane_bytes = 3 * height * width
         self._low_bytes = 2 * 4 * low_hw[0] * low_hw[1]
         self._fast = None
@@ -144,18 +144,19 @@ class _MaskMaker:
         if self._fast is None:
             return masks_per_chunk(self._step_bytes + self._plane_bytes, budget_mb)
         # float maps exist for one mask at a time, when it has to be made step by step
-        spare_mb = budget_mb - self._step_bytes / 2**20
+        # and larger chunks would not be made faster
+        spare_mb = (budget_mb - self._step_bytes / 2**20) / 4
         return masks_per_chunk(self._low_bytes + self._plane_bytes, spare_mb)
 
     @torch.no_grad()
-    def __call__(self, probs: Tensor, by_column: bool) -> Tensor:
-        """Return (n, H0, W0) bool for (n, h, w) probabilities; ``by_column`` may be honoured."""
+    def __call__(self, probs: Tensor) -> Tensor:
+        """Return (n, H0, W0) bool for (n, h, w) probabilities."""
         with torch.autocast(probs.device.type, enabled=False):
             probs = probs.float()
             if self._fast is None:
                 return self._step_by_step(probs)
             if self._fast.applicable(probs, self._resizes, self._threshold):
-                return self._fast(probs, by_column)
+                return self._fast(probs)
             return torch.cat([self._step_by_step(p) for p in probs.split(1)])
 
     def _step_by_step(self, probs: Tensor) -> Tensor:
@@ -169,7 +170,6 @@ def iter_masks(
     budget_mb: float = 256,
     *,
     num: int | None = None,
-    by_column: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield full-image masks in chunks whose working memory stays under a budget.
 
@@ -181,8 +181,6 @@ def iter_masks(
         budget_mb: MiB that the float maps of all steps and the masks of one chunk may take
             together. A chunk has at least one mask, whatever it needs.
         num: N; needed when ``probs`` is a function.
-        by_column: masks may come as a transposed view of (n, W0, H0) memory, the order in which
-            ``encode_rle`` reads them; the values are the same.
 
     Yields:
         ``(slice, masks)`` with ``masks`` (n, H0, W0) bool on the device of the probabilities, in
@@ -204,7 +202,7 @@ def iter_masks(
     make = _MaskMaker(low_hw, steps, threshold, num, first.device)
     del first
     for index in chunk_slices(num, make.per_chunk(budget_mb)):
-        yield index, make(get(index), by_column)
+        yield index, make(get(index))
 
 
 def collect_masks(
@@ -253,6 +251,7 @@ def collect_masks(
             # reading the run lengths is far cheaper than reading the pixels again
             tight = rle_boxes(encoded) if output == "rle" else tight_boxes(masks)
             boxes.append(tight.to(device))
+        del masks  # or it would stay alive while the next chunk is made
     return (rles if output == "rle" else stack), (torch.cat(boxes) if with_boxes else None)
 
 
@@ -289,7 +288,7 @@ def masks_to_instances(
     """
     num = len(scores)
     image_size = (int(image_size[0]), int(image_size[1]))
-    chunks = iter_masks(probs, steps, threshold, budget_mb, num=num, by_column=output == "rle")
+    chunks = iter_masks(probs, steps, threshold, budget_mb, num=num)
     masks, tight = collect_masks(
         chunks, num, image_size, output=output, device=scores.device, with_boxes=boxes is None
     )
