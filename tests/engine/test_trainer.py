@@ -455,11 +455,16 @@ class TestSettings:
 def test_real_evaluation_learns(config):
     """The whole way with the real evaluator: the toy finds bright rectangles."""
     cfg = config(
-        "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", (), "SOLVER.BASE_LR", 0.05,
-        "MODEL.TOY.DROPOUT", 0.0, "INSTSEG.EMA.ENABLED", True, "INSTSEG.BEST.METRIC", "segm/AP",
+        "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", (), "SOLVER.BASE_LR", 0.03,
+        "INSTSEG.OPTIMIZER", "adamw", "INSTSEG.CLIP_GRAD_NORM", 100.0, "MODEL.TOY.DROPOUT", 0.0,
+        "INSTSEG.EMA.ENABLED", True, "INSTSEG.BEST.METRIC", "segm/AP",
     )  # fmt: skip
     trainer = run(cfg, cls=Trainer)
     assert set(trainer.results) == set(cfg.DATASETS.TEST)
     assert {"bbox", "segm"} <= set(trainer.results[cfg.DATASETS.TEST[0]])
     results = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
     assert cfg.DATASETS.TEST[0] in results["datasets"]
+    losses = [m["total_loss"] for m in metrics(cfg.OUTPUT_DIR)]
+    assert losses[-1] < 0.95 * losses[0]
+    assert [m["grad_norm"] > 0 for m in metrics(cfg.OUTPUT_DIR)] == [True] * 3
+    assert trainer.results[cfg.DATASETS.TEST[0]]["segm"]["AP50"] > 10

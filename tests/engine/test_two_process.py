@@ -71,7 +71,7 @@ def assert_equal(got, want, rtol=1e-5):
     for a, b in zip(got_steps, want_steps, strict=True):
         assert a == pytest.approx(b, rel=rtol)
     for key, value in want_weights.items():
-        spread = float(value.abs().max())
+        spread = max(float(value.abs().max()), 0.1)
         torch.testing.assert_close(got_weights[key], value, rtol=rtol, atol=rtol * spread)
 
 
@@ -88,7 +88,7 @@ def test_local_normaliser_is_the_mean_of_the_processes(pair, dataset, tmp_path):
     assert_equal(got, one(dataset, tmp_path / "one", *local, "INSTSEG.ACCUMULATE", 2))
     # The test could fail: normalising over the whole batch is something else.
     whole = one(dataset, tmp_path / "whole", *local)
-    assert got[0][0]["loss_mask"] != pytest.approx(whole[0][0]["loss_mask"], rel=1e-4)
+    assert got[0][0]["loss_mask"] != pytest.approx(whole[0][0]["loss_mask"], rel=1e-2)
 
 
 def test_batch_norm_clipping_and_accumulation_together(pair):

@@ -27,7 +27,7 @@ SIZE = (48, 64)
 
 
 def write_dataset(folder: Path, images: int = 8) -> tuple[str, str]:
-    """Write COCO files of rectangles on noise; returns (annotations, image folder)."""
+    """Write COCO files of 0 to 2 rectangles per image; returns (annotations, image folder)."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     content = {"images": [], "annotations": [], "categories": []}
@@ -36,7 +36,7 @@ def write_dataset(folder: Path, images: int = 8) -> tuple[str, str]:
     for i in range(images):
         pixels = rng.integers(0, 80, (height, width, 3), dtype=np.uint8)
         name = f"image_{i}.png"
-        for k in range(1 + i % 2):
+        for k in range(i % 3):  # some images are empty
             x, y = int(rng.integers(2, 20)) + 25 * k, int(rng.integers(2, 20))
             w, h = int(rng.integers(8, 16)), int(rng.integers(8, 20))
             pixels[y : y + h, x : x + w] = rng.integers(150, 255, 3)
@@ -100,10 +100,11 @@ class ToySegmenter(nn.Module):
             for mask, label in zip(gt.gt_masks.tensor, gt.gt_classes.tolist(), strict=True):
                 small = mask[::2, ::2].float()
                 target[i, label] = torch.maximum(target[i, label], small.to(target))
-        if self.global_normalizer and comm.get_world_size() > 1:
+        processes = comm.get_world_size() if self.global_normalizer else 1
+        if processes > 1:
             distributed.all_reduce(count)
-            count = count / comm.get_world_size()
-        count = count.clamp(min=1)
+        # The floor belongs to the sum: a mean over processes may well be a fraction.
+        count = count.clamp(min=1) / processes
         losses = {
             "loss_mask": F.binary_cross_entropy_with_logits(
                 logits.float(), target.float(), reduction="sum"
