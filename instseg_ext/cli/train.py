@@ -56,6 +56,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="re-initialise the classifier where the checkpoint has another number of classes",
     )
+    add(
+        "--unsafe",
+        action="store_true",
+        help="read weights that hold more than tensors: they can run any code",
+    )
     add("--skip-check", action="store_true", help="do not check the annotations first")
     add(
         "--num-gpus",
@@ -182,8 +187,10 @@ def _worker(args: argparse.Namespace) -> None:
     engine.setup(cfg, args)
     limit = engine.DRY_RUN_IMAGES if args.dry_run else None
     if args.eval_only:
-        engine.evaluate_checkpoint(cfg, method, limit=limit, reset_classifier=args.reset_classifier)
+        engine.evaluate_checkpoint(
+            cfg, method, limit=limit, reset_classifier=args.reset_classifier, unsafe=args.unsafe
+        )
         return
-    trainer = engine.Trainer(cfg, method, eval_limit=limit)
+    trainer = engine.Trainer(cfg, method, eval_limit=limit, unsafe=args.unsafe)
     trainer.resume_or_load(resume=args.resume, reset_classifier=args.reset_classifier)
     trainer.train()
