@@ -11,7 +11,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator
 
 from instseg_ext.evaluation.coco import InstSegCOCOEvaluator
 
@@ -88,14 +88,6 @@ def _cityscapes(class_name: str) -> Callable[[str, str | None], DatasetEvaluator
         return getattr(importlib.import_module("detectron2.evaluation"), class_name)(dataset_name)
 
     return build
-
-
-def _cityscapes_both(dataset_name: str, output_dir: str | None) -> DatasetEvaluator:
-    parts = [
-        _FOREIGN[kind](dataset_name, output_dir)
-        for kind in ("cityscapes_instance", "cityscapes_sem_seg")
-    ]
-    return DatasetEvaluators(parts)
 
 
 _FOREIGN: dict[str, Callable[[str, str | None], Any]] = {

@@ -115,6 +115,7 @@ def draw_instances(
     extents = np.zeros((count, 4)) if masks is None else np.array([crop[0] for crop in crops])
     if boxes is not None:
         extents = np.asarray(boxes, dtype=np.float64).reshape(count, 4) * factor
+    anchors = extents.copy()
     thickness = max(1, round(min(canvas.shape[:2]) / 500))
     area = (extents[:, 2:] - extents[:, :2]).prod(axis=1) if count else np.zeros(0)
     for index in np.argsort(-area, kind="stable"):  # small ones on top
@@ -122,7 +123,8 @@ def draw_instances(
             _fill(canvas, *crops[index], colours[index], style.opacity)
     for index in range(count):
         if masks is not None:
-            _outline(canvas, *crops[index], colours[index], thickness)
+            anchor = _outline(canvas, *crops[index], colours[index], thickness)
+            anchors[index] = extents[index] if anchor is None or style.boxes else anchor
         if masks is None or style.boxes:
             _rectangle(canvas, extents[index], colours[index], thickness)
     if style.labels != "none" and (classes is not None or scores is not None):
@@ -139,7 +141,7 @@ def draw_instances(
             if scores is not None
             else np.argsort(-area)
         )
-        _labels(canvas, extents, texts, colours, rank, style)
+        _labels(canvas, anchors, texts, colours, rank, style)
     return canvas
 
 
@@ -218,13 +220,16 @@ def _outline(
     mask: np.ndarray,
     colour: tuple[int, int, int],
     thickness: int,
-) -> None:
+) -> np.ndarray | None:
+    """Draw the border of a mask; returns the XYXY box of its largest part, for the label."""
     if mask.size == 0:
-        return
+        return None
     cv2 = compat.opencv()
     offset = np.array(box[:2], dtype=np.int32)
     paths = [path + offset for path in compat.find_contours(mask, external=False)]
     cv2.polylines(canvas, paths, True, colour, thickness, cv2.LINE_AA)
+    spans = np.array([[*path.min(axis=0), *(path.max(axis=0) + 1)] for path in paths])
+    return spans[(spans[:, 2:] - spans[:, :2]).prod(axis=1).argmax()]
 
 
 def _rectangle(

@@ -1,13 +1,22 @@
 """The evaluator: forms of masks, class ids, ranking fields, processes, files."""
 
 import copy
+import importlib
 import json
 import logging
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    SemSegEvaluator,
+)
 from detectron2.structures import Boxes, Instances
 
 from instseg_ext.evaluation import InstSegCOCOEvaluator, build_evaluator, instances_to_results
@@ -178,8 +187,6 @@ def test_odd_instances():
 
 
 def test_evaluator_is_chosen_by_metadata(name, tmp_path, register_dataset):
-    from detectron2.config import get_cfg
-
     cfg = get_cfg()
     assert isinstance(build_evaluator(cfg, name, {}, None), InstSegCOCOEvaluator)
     for kind, message in {
@@ -193,3 +200,58 @@ def test_evaluator_is_chosen_by_metadata(name, tmp_path, register_dataset):
         odd = register_dataset(tmp_path / "annotations.json", kind)
         with pytest.raises(ImportError, match=f"{odd}.*{package}"):
             build_evaluator(cfg, odd, {}, None)
+
+
+def test_semantic_and_panoptic_sets(name, tmp_path, register_dataset, caplog):
+    cfg = get_cfg()
+    semantic = register_dataset(tmp_path / "annotations.json", "sem_seg")
+    MetadataCatalog.get(semantic).set(stuff_classes=["a", "b"], ignore_label=255)
+    assert isinstance(build_evaluator(cfg, semantic, {}, None), SemSegEvaluator)
+    panoptic = register_dataset(tmp_path / "annotations.json", "coco_panoptic_seg")
+    assert isinstance(build_evaluator(cfg, panoptic, {}, None), InstSegCOCOEvaluator)
+    assert "only its instances" in caplog.text
+
+
+@pytest.fixture
+def cityscapes_scripts(tmp_path, monkeypatch):
+    """Empty modules where the package has its scripts."""
+    for folder, modules in {
+        "evaluation": (
+            "evalInstanceLevelSemanticLabeling",
+            "evalPixelLevelSemanticLabeling",
+        ),
+        "helpers": ("labels",),
+    }.items():
+        path = tmp_path / "site" / "cityscapesscripts" / folder
+        path.mkdir(parents=True)
+        for module in ("__init__", *modules):
+            (path / f"{module}.py").write_text("")
+    (path.parent / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    before = dict(sys.modules)
+    yield
+    for module in set(sys.modules) - set(before):
+        if module.startswith(("cityscapesscripts", "deeplearning")):
+            del sys.modules[module]
+
+
+def test_cityscapes_scripts_answer_to_both_names(cityscapes_scripts, tmp_path, register_dataset):
+    cfg = get_cfg()
+    for kind, wanted in {
+        "cityscapes_instance": CityscapesInstanceEvaluator,
+        "cityscapes_sem_seg": CityscapesSemSegEvaluator,
+    }.items():
+        cityscapes = register_dataset(tmp_path / "annotations.json", kind)
+        assert isinstance(build_evaluator(cfg, cityscapes, {}, None), wanted)
+    alias = "deeplearning.projects.cityscapesApi.cityscapesscripts"
+    for module in ("helpers.labels", "evaluation.evalInstanceLevelSemanticLabeling"):
+        theirs = importlib.import_module(f"cityscapesscripts.{module}")
+        assert importlib.import_module(f"{alias}.{module}") is theirs
+
+
+def test_pycocotools_stands_in(make, name, dataset, perfect, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with caplog.at_level(logging.INFO):
+        scores = run(InstSegCOCOEvaluator(name), make.oracle(perfect), dataset)
+    assert scores["segm"]["AP"] == pytest.approx(100)
+    assert caplog.text.count("faster-coco-eval is not installed") == 1

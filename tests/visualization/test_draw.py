@@ -83,6 +83,16 @@ def test_labels_do_not_cover_each_other(scene):
     assert class_label(7, None, ["a", "b"]) == "class 7"
 
 
+def test_label_stands_at_the_largest_part():
+    image = np.full((300, 300, 3), 90, dtype=np.uint8)
+    masks = np.zeros((1, 300, 300), dtype=bool)
+    masks[0, 200:260, 200:260] = masks[0, 20:24, 20:24] = True
+    bare = draw_instances(image, masks, style=BARE)
+    label = (draw_instances(image, masks, scores=[0.5]) != bare).any(axis=2)
+    y, x = np.nonzero(label)
+    assert (y.min(), x.min()) > (180, 180)
+
+
 def test_colours_follow_the_ids(scene):
     image, masks = scene
     first = draw_instances(image, masks[:2], ids=[4, 9], style=BARE)
