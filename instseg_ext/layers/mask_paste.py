@@ -57,6 +57,8 @@ def iter_pasted_masks(
     image_size: tuple[int, int],
     threshold: float = 0.5,
     budget_mb: float = 256,
+    *,
+    reuse: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield full-image masks in chunks whose working memory stays under a budget.
 
@@ -68,6 +70,7 @@ def iter_pasted_masks(
         image_size: (H, W).
         threshold: inclusive lower bound of a mask pixel, positive.
         budget_mb: MiB for coordinates, values and masks of one chunk together.
+        reuse: each chunk overwrites the one before.
 
     Yields:
         ``(slice, masks)`` with ``masks`` (n, H, W) bool, in order, covering N.
@@ -80,15 +83,18 @@ def iter_pasted_masks(
     per_mask = plane if on_cpu else plane + _FLOAT_BYTES * height * width
     float_budget = budget_mb * 2**20 / 2
     size = masks_per_chunk(per_mask, budget_mb / 2 if on_cpu else budget_mb)
+    buffer = None
     for index in chunk_slices(len(masks), size):
         part, part_boxes = masks[index], boxes[index]
+        if buffer is None or not reuse:
+            shape = (len(part), height, width)
+            buffer = torch.empty(shape, dtype=torch.bool, device=boxes.device)
+        out = buffer[: len(part)].zero_()
         if on_cpu:
-            out = torch.zeros((len(part), height, width), dtype=torch.bool)
             groups = [
                 (slice(i, i + 1), *_window(part_boxes[i], image_size)) for i in range(len(part))
             ]
         else:
-            out = torch.empty((len(part), height, width), dtype=torch.bool, device=boxes.device)
             groups = [(slice(0, len(part)), (0, height), (0, width))]
             float_budget = budget_mb * 2**20
         for which, rows, cols in groups:

@@ -119,7 +119,7 @@ class ThresholdedResize:
         *,
         num_resizes: int,
         threshold: float,
-        step_by_step: Callable[[Tensor], Tensor],
+        step_by_step: Callable[[Tensor, Tensor], None],
     ) -> None:
         """Keep the maps and derive the error bound.
 
@@ -128,7 +128,8 @@ class ThresholdedResize:
             cols: map of the second axis.
             num_resizes: resizes in the chain.
             threshold: strict lower bound of a mask pixel, positive.
-            step_by_step: (1, h, w) float32 to (1, H, W) bool: the definition of the result.
+            step_by_step: writes the masks of (1, h, w) float32 into (1, H, W) bool: the definition
+                of the result.
         """
         self.rows, self.cols, self.threshold = rows, cols, threshold
         self._step_by_step = step_by_step
@@ -148,14 +149,14 @@ class ThresholdedResize:
             return False
         return bool(probs.numel() and probs.amin() >= 0 and probs.amax() < 1e6)
 
-    def __call__(self, probs: Tensor) -> Tensor:
-        """Return (n, H, W) bool masks.
+    def __call__(self, probs: Tensor, out: Tensor) -> None:
+        """Write masks.
 
         Args:
             probs: (n, h, w) float32, ``applicable``.
+            out: (n, H, W) bool, overwritten.
         """
-        size = self.rows.weights.shape[0], self.cols.weights.shape[0]
-        out = torch.zeros((len(probs), *size), dtype=torch.bool)
+        out.zero_()
         # Where every tap is this far below the threshold, no rounding lifts the result above it.
         support = probs > self.threshold * (1 - 1e-5)
         windows = _spans(support.any(dim=2)), _spans(support.any(dim=1))
@@ -166,8 +167,7 @@ class ThresholdedResize:
             hopeless = self._failed > max(4, self._tried // 3)
             if hopeless or not self._fill(out[i], probs[i], row_span, col_span):
                 self._failed += 1
-                out[i] = self._step_by_step(probs[i : i + 1])[0]
-        return out
+                self._step_by_step(probs[i : i + 1], out[i : i + 1])
 
     def _fill(
         self,

@@ -111,7 +111,8 @@ class _MaskMaker:
         self._steps, self._threshold = steps, threshold
         self._resizes = sum(isinstance(step, Resize) for step in steps)
         self._step_bytes = _step_bytes(low_hw, steps)
-        height, width = _output_size(low_hw, steps)
+        self._size, self._device = _output_size(low_hw, steps), device
+        height, width = self._size
         # the result, the copies that encoding and the caller make
         self._plane_bytes = 3 * height * width
         self._low_bytes = 2 * 4 * low_hw[0] * low_hw[1]
@@ -148,19 +149,25 @@ class _MaskMaker:
         spare_mb = (budget_mb - self._step_bytes / 2**20) / 4
         return masks_per_chunk(self._low_bytes + self._plane_bytes, spare_mb)
 
+    def planes(self, num: int) -> Tensor:
+        """Return (num, H0, W0) bool, not initialised."""
+        return torch.empty((num, *self._size), dtype=torch.bool, device=self._device)
+
     @torch.no_grad()
-    def __call__(self, probs: Tensor) -> Tensor:
-        """Return (n, H0, W0) bool for (n, h, w) probabilities."""
+    def __call__(self, probs: Tensor, out: Tensor) -> None:
+        """Write the masks of (n, h, w) probabilities into ``out``, (n, H0, W0) bool."""
         with torch.autocast(probs.device.type, enabled=False):
             probs = probs.float()
             if self._fast is None:
-                return self._step_by_step(probs)
-            if self._fast.applicable(probs, self._resizes, self._threshold):
-                return self._fast(probs)
-            return torch.cat([self._step_by_step(p) for p in probs.split(1)])
+                self._step_by_step(probs, out)
+            elif self._fast.applicable(probs, self._resizes, self._threshold):
+                self._fast(probs, out)
+            else:
+                for i in range(len(probs)):
+                    self._step_by_step(probs[i : i + 1], out[i : i + 1])
 
-    def _step_by_step(self, probs: Tensor) -> Tensor:
-        return _apply(probs, self._steps) > self._threshold
+    def _step_by_step(self, probs: Tensor, out: Tensor) -> None:
+        torch.gt(_apply(probs, self._steps), self._threshold, out=out)
 
 
 def iter_masks(
@@ -170,6 +177,7 @@ def iter_masks(
     budget_mb: float = 256,
     *,
     num: int | None = None,
+    reuse: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield full-image masks in chunks whose working memory stays under a budget.
 
@@ -181,6 +189,8 @@ def iter_masks(
         budget_mb: MiB that the float maps of all steps and the masks of one chunk may take
             together. A chunk has at least one mask, whatever it needs.
         num: N; needed when ``probs`` is a function.
+        reuse: each chunk overwrites the one before. Fresh planes for every chunk, freed among small
+            lasting results, would tear the heap into holes that are never given back.
 
     Yields:
         ``(slice, masks)`` with ``masks`` (n, H0, W0) bool on the device of the probabilities, in
@@ -201,8 +211,13 @@ def iter_masks(
     low_hw = (int(first.shape[1]), int(first.shape[2]))
     make = _MaskMaker(low_hw, steps, threshold, num, first.device)
     del first
-    for index in chunk_slices(num, make.per_chunk(budget_mb)):
-        yield index, make(get(index))
+    per_chunk = min(num, make.per_chunk(budget_mb))
+    buffer = make.planes(per_chunk) if reuse else None
+    for index in chunk_slices(num, per_chunk):
+        size = index.stop - index.start
+        out = make.planes(size) if buffer is None else buffer[:size]
+        make(get(index), out)
+        yield index, out
 
 
 def collect_masks(
@@ -251,7 +266,6 @@ def collect_masks(
             # reading the run lengths is far cheaper than reading the pixels again
             tight = rle_boxes(encoded) if output == "rle" else tight_boxes(masks)
             boxes.append(tight.to(device))
-        del masks  # or it would stay alive while the next chunk is made
     return (rles if output == "rle" else stack), (torch.cat(boxes) if with_boxes else None)
 
 
@@ -288,7 +302,7 @@ def masks_to_instances(
     """
     num = len(scores)
     image_size = (int(image_size[0]), int(image_size[1]))
-    chunks = iter_masks(probs, steps, threshold, budget_mb, num=num)
+    chunks = iter_masks(probs, steps, threshold, budget_mb, num=num, reuse=True)
     masks, tight = collect_masks(
         chunks, num, image_size, output=output, device=scores.device, with_boxes=boxes is None
     )

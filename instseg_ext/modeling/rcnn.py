@@ -189,7 +189,7 @@ def paste_instances(
     if roi_masks is not None:
         probs = roi_masks.tensor if isinstance(roi_masks, ROIMasks) else roi_masks[:, 0]
         chunks = iter_pasted_masks(
-            probs[keep], scaled.pred_boxes.tensor, (height, width), threshold, budget_mb
+            probs[keep], scaled.pred_boxes.tensor, (height, width), threshold, budget_mb, reuse=True
         )
         masks, _ = collect_masks(
             chunks, len(scaled), (height, width), output=output, device=probs.device

@@ -17,6 +17,8 @@ from pycocotools import mask as coco_mask
 
 __all__ = ["decode_masks", "encode_masks", "is_rle", "rle_boxes", "segmentation_rle"]
 
+_PIECE_BYTES = 2**20
+
 
 def is_rle(segmentation: object) -> bool:
     """Tell whether ``segmentation`` is a COCO run-length dictionary (compressed or not)."""
@@ -59,14 +61,7 @@ def _run_lengths(mask: np.ndarray) -> np.ndarray:
     if box is None:
         return np.array([height * width], dtype=np.int64)
     left, top, right, bottom = box
-    # One zero above each column separates it from its neighbour, so one flat difference finds all
-    # runs.
-    padded = np.zeros((right - left, bottom - top + 1), dtype=np.int8)
-    padded[:, 1:] = mask[top:bottom, left:right].T
-    flat = padded.ravel()
-    change = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    if change.size % 2:
-        change = np.append(change, flat.size)
+    change = _column_changes(mask[top:bottom, left:right])
     column, row = np.divmod(change, bottom - top + 1)
     # A run that reaches the foot of the box ends where the next padded column begins (row 0): row -
     # 1 = -1 must become "bottom of the previous column".
@@ -79,6 +74,28 @@ def _run_lengths(mask: np.ndarray) -> np.ndarray:
     bounds = np.concatenate(([0], position, [height * width]))
     lengths = np.diff(bounds)
     return lengths if lengths[-1] else lengths[:-1]
+
+
+def _column_changes(box: np.ndarray) -> np.ndarray:
+    """Give where runs start and end, by column, each column of (h, w) with one zero above it.
+
+    The zero separates a column from its neighbour, so that one flat difference finds all runs. Some
+    columns at a time: large short-lived arrays between the small lasting results of many masks tear
+    the heap into holes that are never given back.
+    """
+    rows = box.shape[0] + 1
+    step = max(1, _PIECE_BYTES // rows)
+    parts = []
+    for start in range(0, box.shape[1], step):
+        piece = box[:, start : start + step]
+        padded = np.zeros((piece.shape[1], rows), dtype=np.int8)
+        padded[:, 1:] = piece.T
+        flat = padded.ravel()
+        change = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+        if change.size % 2:
+            change = np.append(change, flat.size)
+        parts.append(change + start * rows)
+    return np.concatenate(parts)
 
 
 def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:

@@ -32,14 +32,23 @@ def plain(probs, steps, threshold):
 
 
 def build(low_hw, steps, threshold, calls=None):
-    def step_by_step(probs):
+    def step_by_step(probs, out):
         if calls is not None:
             calls.append(len(probs))
-        return plain(probs, steps, threshold)
+        out.copy_(plain(probs, steps, threshold))
 
     maps = [axis_map(low_hw[k], tuple((kind, size[k]) for kind, size in steps)) for k in (0, 1)]
     num = sum(kind == "resize" for kind, _ in steps)
-    return ThresholdedResize(*maps, num_resizes=num, threshold=threshold, step_by_step=step_by_step)
+    resize = ThresholdedResize(
+        *maps, num_resizes=num, threshold=threshold, step_by_step=step_by_step
+    )
+
+    def make(probs):
+        out = torch.ones(plain(probs, steps, threshold).shape, dtype=torch.bool)
+        resize(probs, out)
+        return out
+
+    return make
 
 
 def smooth_maps(num, height, width, seed):

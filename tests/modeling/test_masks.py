@@ -92,6 +92,16 @@ def test_function_of_slices_equals_tensor():
         next(iter_masks(lambda s: probs[s], STEPS))
 
 
+@pytest.mark.usefixtures("way")
+def test_reused_planes_hold_the_current_chunk():
+    probs, expected = blobs(9, 16, 24), plain_masks(blobs(9, 16, 24), STEPS)
+    places = set()
+    for index, masks in iter_masks(probs, STEPS, budget_mb=0.2, reuse=True):
+        assert torch.equal(masks, expected[index])
+        places.add(masks.data_ptr())
+    assert len(places) == 1
+
+
 def test_threshold_is_strict_and_steps_are_not_fused():
     flat = torch.full((1, 4, 4), 0.5)
     assert not next(iter_masks(flat, []))[1].any()
@@ -161,6 +171,16 @@ def test_rle_of_both_memory_orders_and_json():
         assert isinstance(rle["counts"], str)
         assert rle["size"] == [47, 71]
         assert np.array_equal(coco_mask.decode(rle).astype(bool), mask.numpy())
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 100, 500])
+def test_rle_in_pieces(piece_bytes, monkeypatch):
+    monkeypatch.setattr("instseg_ext.structures.rle._PIECE_BYTES", piece_bytes)
+    masks = torch.cat([plain_masks(blobs(8, 16, 24), STEPS), torch.rand(3, 47, 71) > 0.5])
+    masks[-1, 46] = masks[-1, 0] = True  # runs that go on from column to column
+    for rle, mask in zip(encode_rle(masks), masks, strict=True):
+        expected = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        assert rle["counts"] == expected["counts"].decode()
 
 
 def test_boxes_of_run_lengths():

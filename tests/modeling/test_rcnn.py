@@ -121,7 +121,7 @@ def test_losses_and_gradients_equal_detectron2(memory_format):
     expected = theirs(batch())
     assert losses.keys() == expected.keys()
     for name, value in losses.items():
-        assert float(value) == pytest.approx(float(expected[name]), rel=1e-4)
+        assert value.item() == pytest.approx(expected[name].item(), rel=1e-4)
     sum(losses.values()).backward()
     sum(expected.values()).backward()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
