@@ -305,6 +305,21 @@ class TestResume:
         resumed = run(cfg, resume=True)
         assert [iteration for iteration, _ in resumed.calls] == [2, 4, 6, 8]
 
+    def test_line_is_in_metrics_before_the_checkpoint_of_its_iteration(self, config, monkeypatch):
+        """A kill after the checkpoint, during the evaluation, loses no line."""
+        monkeypatch.setattr("instseg_ext.engine.trainer.WRITE_PERIOD", 1)
+        trainer = ToyTrainer(config(*self.OPTS), METHOD)
+        seen = []
+
+        def evaluate(cfg, *args, iteration, **kwargs):
+            assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+            seen.append((iteration, [m["iteration"] for m in metrics(cfg.OUTPUT_DIR)]))
+            return {"toy": {"segm": {"AP": 0.0}}}
+
+        trainer.test = evaluate
+        trainer.train()
+        assert seen == [(done, list(range(done))) for done in (2, 4, 6, 8)]
+
     def test_finished_run_does_nothing_more(self, config):
         cfg = config(*self.OPTS)
         first = run(cfg)
