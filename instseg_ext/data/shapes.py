@@ -26,13 +26,13 @@ SHAPE_CATEGORIES = (
     {"id": 9, "name": "triangle", "supercategory": "shape"},
 )
 # name -> number of images, side in pixels, seed
-SHAPE_SPLITS = {"shapes_train": (96, 96, 1), "shapes_val": (32, 96, 2)}
-_VERSION = 1  # part of the cache folder's name: raise it when the generator changes
+SHAPE_SPLITS = {"shapes_train": (192, 96, 1), "shapes_val": (32, 96, 2)}
+_VERSION = 2  # part of the cache folder's name: raise it when the generator changes
 
 _EMPTY_EVERY = 12  # one image in so many has no object
 _CROWD_EVERY = 6  # one image in so many has a crowd
-_MIN_VISIBLE = 60  # pixels; an object hidden beyond this is not annotated
-_MAX_HIDDEN = 0.4  # share of an earlier object that a later one may hide
+_MIN_VISIBLE = 80  # pixels; an object hidden beyond this is not annotated
+_MAX_HIDDEN = 0.3  # share of an earlier object that a later one may hide
 
 
 def make_shapes(
@@ -129,7 +129,7 @@ def _draw_image(
     owner = np.zeros((size, size), dtype=np.int32)  # which object is visible, 0 = none
     objects: list[tuple[int, list[float], np.ndarray]] = []
     if not empty:
-        for _ in range(int(rng.integers(2, 6))):
+        for _ in range(int(rng.integers(1, 5))):
             _paint_object(rng, size, canvas, owner, objects, base)
     entries = [
         _entry(owner == i, *o)
@@ -152,7 +152,7 @@ def _paint_object(
 ) -> None:
     """Paint one shape over what is there; sometimes a bar of background cuts it in two parts."""
     kind = int(rng.integers(3))
-    radius = rng.uniform(0.12, 0.22) * size
+    radius = rng.uniform(0.14, 0.22) * size
     for _ in range(10):
         centre = rng.uniform(0.8 * radius, size - 0.8 * radius, 2)
         polygon = _outline(kind, centre, radius, rng.uniform(-0.35, 0.35))
