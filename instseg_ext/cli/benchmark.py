@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     cfg, method = common.config_from_args(args)
-    predictor = Predictor(cfg, method)
+    predictor = Predictor(cfg, method, unsafe=args.unsafe)
     figures = measure_speed(
         predictor.model,
         _batch(args, cfg, predictor),

@@ -32,7 +32,7 @@ def add_register_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
-    """Add ``--config-file``, ``--register``, ``--weights`` and overrides ``KEY VALUE``."""
+    """Add config, weights and data set arguments, and overrides ``KEY VALUE``."""
     parser.add_argument(
         "--config-file",
         default="",
@@ -47,6 +47,11 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, weights: bool = Tru
             metavar="FILE",
             help="checkpoint; the same as MODEL.WEIGHTS FILE",
         )
+    parser.add_argument(
+        "--unsafe",
+        action="store_true",
+        help="read weights that hold more than tensors: they can run any code",
+    )
     add_register_argument(parser)
     parser.set_defaults(takes_overrides=True)
     parser.epilog = (

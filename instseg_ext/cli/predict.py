@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     cfg, method = common.config_from_args(args)
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("--weights is missing: an untrained model finds nothing.")
-    predictor = Predictor(cfg, method, threshold=args.confidence_threshold)
+    predictor = Predictor(cfg, method, threshold=args.confidence_threshold, unsafe=args.unsafe)
     return _Prediction(args, predictor, method).run(sources, outputs)
 
 

@@ -56,11 +56,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="re-initialise the classifier where the checkpoint has another number of classes",
     )
-    add(
-        "--unsafe",
-        action="store_true",
-        help="read weights that hold more than tensors: they can run any code",
-    )
     add("--skip-check", action="store_true", help="do not check the annotations first")
     add(
         "--num-gpus",
@@ -91,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
+        device=cfg.MODEL.DEVICE,
         args=(args,),
     )
     return 0

@@ -171,7 +171,7 @@ def _predict(
 
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("Give --results of an evaluation, or --weights to run the model.")
-    predictor = Predictor(cfg, method, threshold=args.confidence_threshold)
+    predictor = Predictor(cfg, method, threshold=args.confidence_threshold, unsafe=args.unsafe)
     category_ids = sorted(category["id"] for category in truth["categories"])
     entries = truth["images"]
     pictures = prefetch(read_picture(str(images / entry["file_name"])) for entry in entries)
@@ -188,7 +188,7 @@ def _figure(
     from instseg_ext.engine.predictor import Predictor
 
     pictures = _pictures(args, cfg)
-    return method.figures[args.kind](Predictor(cfg, method), pictures, folder)
+    return method.figures[args.kind](Predictor(cfg, method, unsafe=args.unsafe), pictures, folder)
 
 
 def _pictures(args: argparse.Namespace, cfg: CfgNode) -> list[tuple[str, np.ndarray]]:

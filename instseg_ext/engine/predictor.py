@@ -90,6 +90,7 @@ class Predictor:
         *,
         threshold: float | None = None,
         mask_output: str = "rle",
+        unsafe: bool = False,
     ) -> None:
         """Build the model and load ``MODEL.WEIGHTS``.
 
@@ -99,6 +100,7 @@ class Predictor:
             threshold: detections with a lower score are left out, and the method's own bounds are
                 lowered to it; ``None`` leaves the config's bounds alone.
             mask_output: ``rle`` or ``bool``, for models that have this switch.
+            unsafe: see ``InstSegCheckpointer``.
 
         Raises:
             FileNotFoundError: if the weights do not exist.
@@ -115,7 +117,8 @@ class Predictor:
         self.model = build_model(self.cfg)
         self.model.eval()
         if cfg.MODEL.WEIGHTS:
-            InstSegCheckpointer(self.model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+            checkpointer = InstSegCheckpointer(self.model, unsafe=unsafe)
+            checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
         else:
             logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")
         side = cfg.INPUT.MIN_SIZE_TEST

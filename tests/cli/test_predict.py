@@ -6,6 +6,8 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY
 from pycocotools.coco import COCO
 
 from instseg_ext import compat
@@ -196,3 +198,15 @@ def test_camera_is_asked_by_number(use_blobs, tmp_path, picture, monkeypatch):
     assert run("--input", "0", "--output", tmp_path / "drawn", "--confidence-threshold", 0.6) == 0
     assert (tmp_path / "drawn" / "camera0.mp4").stat().st_size > 0
     assert len(results_of(tmp_path / "drawn")) == 3
+
+
+def test_weights_that_hold_objects_need_the_flag(use_blobs, pictures, tmp_path):
+    """A checkpoint of another tool with its argparse namespace inside, as mmdet's and yolact's."""
+    model = META_ARCH_REGISTRY.get("TestBlobModel")(use_blobs)
+    weights = tmp_path / "foreign.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1)}, weights)
+    use_blobs.MODEL.WEIGHTS = str(weights)
+    words = ("--input", pictures / "a.png", "--output", tmp_path / "drawn")
+    with pytest.raises(ValueError, match="--unsafe"):
+        run(*words)
+    assert run(*words, "--unsafe") == 0
