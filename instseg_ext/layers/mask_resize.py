@@ -11,10 +11,13 @@ Shapes: h x w low-resolution map, H x W output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,23 +36,38 @@ class AxisMap:
 
     Attributes:
         weights: (L_out, L_in) float32; row o holds the weights of output line o.
-        first: (L_out,) int64, non-decreasing: first input line with a weight.
-        last: (L_out,) int64, non-decreasing: last input line with a weight.
+        first: L_out numbers, non-decreasing: first input line with a weight.
+        last: L_out numbers, non-decreasing: last input line with a weight.
     """
 
     weights: Tensor
-    first: Tensor
-    last: Tensor
+    first: list[int]
+    last: list[int]
 
     def window(self, low: int, high: int) -> tuple[int, int]:
         """Return the output lines [start, end) that see any of the input lines [low, high)."""
-        start = int(torch.searchsorted(self.last, low))
-        end = int(torch.searchsorted(self.first, high - 1, right=True))
+        start = bisect_left(self.last, low)
+        end = bisect_right(self.first, high - 1)
         return start, max(start, end)
 
     def band(self, start: int, end: int) -> tuple[int, int]:
         """Return the input lines [low, high) that the output lines [start, end) see."""
-        return int(self.first[start]), int(self.last[end - 1]) + 1
+        return self.first[start], self.last[end - 1] + 1
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread.
+
+    The products here are small: waking other threads for each of them gains little on a free
+    machine and costs a time slice each on a busy one, as when loader workers run beside.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=8)  # images of a folder or a video share their sizes
@@ -78,9 +96,9 @@ def axis_map(length: int, steps: tuple[tuple[str, int], ...]) -> AxisMap | None:
     first = seen.to(torch.uint8).argmax(dim=1)
     last = length - 1 - seen.flip(1).to(torch.uint8).argmax(dim=1)
     # With a zero weight at its edge a line may start later than the next one; the window only has
-    # to hold every line with a weight, and searchsorted needs order.
-    first = first.flip(0).cummin(0).values.flip(0).contiguous()
-    return AxisMap(total.float(), first, last.cummax(0).values.contiguous())
+    # to hold every line with a weight, and bisection needs order.
+    first = first.flip(0).cummin(0).values.flip(0)
+    return AxisMap(total.float(), first.tolist(), last.cummax(0).values.tolist())
 
 
 def _taps(length: int, size: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +165,8 @@ class ThresholdedResize:
         """Return whether the bound holds: CPU, finite values >= 0, positive threshold."""
         if probs.device.type != "cpu" or not 0 < num_resizes <= _MAX_RESIZES or threshold <= 0:
             return False
-        return bool(probs.numel() and probs.amin() >= 0 and probs.amax() < 1e6)
+        values = probs.numpy()
+        return bool(values.size and values.min() >= 0 and values.max() < 1e6)
 
     def __call__(self, probs: Tensor, out: Tensor) -> None:
         """Write masks.
@@ -156,18 +175,27 @@ class ThresholdedResize:
             probs: (n, h, w) float32, ``applicable``.
             out: (n, H, W) bool, overwritten.
         """
-        out.zero_()
-        # Where every tap is this far below the threshold, no rounding lifts the result above it.
-        support = probs > self.threshold * (1 - 1e-5)
-        windows = _spans(support.any(dim=2)), _spans(support.any(dim=1))
-        for i, (row_span, col_span) in enumerate(zip(*windows, strict=True)):
-            if row_span[0] == row_span[1]:
-                continue
-            self._tried += 1
-            hopeless = self._failed > max(4, self._tried // 3)
-            if hopeless or not self._fill(out[i], probs[i], row_span, col_span):
-                self._failed += 1
-                self._step_by_step(probs[i : i + 1], out[i : i + 1])
+        with _one_thread():
+            out.zero_()
+            # Where every tap is this far below, no rounding lifts the result above the threshold.
+            support = (probs > self.threshold * (1 - 1e-5)).numpy()
+            spans = zip(_spans(support.any(axis=2)), _spans(support.any(axis=1)), strict=True)
+            unsure = [i for i, span in enumerate(spans) if not self._try(out[i], probs[i], *span)]
+        for i in unsure:
+            self._step_by_step(probs[i : i + 1], out[i : i + 1])
+
+    def _try(
+        self, out: Tensor, probs: Tensor, row_span: tuple[int, int], col_span: tuple[int, int]
+    ) -> bool:
+        """Write one mask into ``out``, which is zero; False when it has to be made step by step."""
+        if row_span[0] == row_span[1]:
+            return True
+        self._tried += 1
+        hopeless = self._failed > max(4, self._tried // 3)
+        if not hopeless and self._fill(out, probs, row_span, col_span):
+            return True
+        self._failed += 1
+        return False
 
     def _fill(
         self,
@@ -195,10 +223,9 @@ class ThresholdedResize:
         return True
 
 
-def _spans(hit: Tensor) -> list[tuple[int, int]]:
+def _spans(hit: np.ndarray) -> list[tuple[int, int]]:
     """Return [first, end) of the True entries of each row of (N, L) bool; (0, 0) if none."""
-    hit = hit.to(torch.uint8)
-    first = hit.argmax(dim=1)
-    end = hit.shape[1] - hit.flip(1).argmax(dim=1)
-    some = hit.amax(dim=1)
-    return list(zip((first * some).tolist(), (end * some).tolist(), strict=True))
+    some = hit.any(axis=1)
+    first = hit.argmax(axis=1) * some
+    end = (hit.shape[1] - hit[:, ::-1].argmax(axis=1)) * some
+    return list(zip(first.tolist(), end.tolist(), strict=True))
