@@ -5,12 +5,11 @@ Shapes: N masks, H x W image pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from instseg_ext.structures.rle import encode_masks
@@ -21,7 +20,6 @@ __all__ = [
     "empty_boxes",
     "encode_rle",
     "masks_per_chunk",
-    "rle_boxes",
     "tight_boxes",
 ]
 
@@ -98,22 +96,6 @@ def encode_rle(masks: Tensor) -> RLEList:
         JSON, and pycocotools accepts it as it is.
     """
     return RLEList(encode_masks(masks))
-
-
-def rle_boxes(rles: Sequence[dict[str, Any]]) -> Tensor:
-    """Return the tightest box around each encoded mask.
-
-    Args:
-        rles: COCO RLE dictionaries.
-
-    Returns:
-        (N, 4) float32 on the CPU, as ``tight_boxes``.
-    """
-    if not rles:
-        return empty_boxes()
-    xywh = torch.from_numpy(coco_mask.toBbox(list(rles)))
-    some = (xywh[:, 2:] > 0).all(dim=1, keepdim=True)
-    return (torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1) * some).float()
 
 
 def masks_per_chunk(bytes_per_mask: int, budget_mb: float) -> int:

@@ -23,10 +23,10 @@ from instseg_ext.layers.mask_ops import (
     empty_boxes,
     encode_rle,
     masks_per_chunk,
-    rle_boxes,
     tight_boxes,
 )
 from instseg_ext.layers.mask_resize import ThresholdedResize, axis_map, exact_float32_matmul
+from instseg_ext.structures.rle import rle_boxes
 
 __all__ = [
     "Crop",
@@ -262,10 +262,11 @@ def collect_masks(
             rles.extend(encoded)
         else:
             stack[index] = masks.to(device)
-        if with_boxes:
+        if with_boxes and output == "rle":
             # reading the run lengths is far cheaper than reading the pixels again
-            tight = rle_boxes(encoded) if output == "rle" else tight_boxes(masks)
-            boxes.append(tight.to(device))
+            boxes.append(torch.from_numpy(rle_boxes(encoded)).float().to(device))
+        elif with_boxes:
+            boxes.append(tight_boxes(masks).to(device))
     return (rles if output == "rle" else stack), (torch.cat(boxes) if with_boxes else None)
 
 

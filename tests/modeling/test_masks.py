@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
-from instseg_ext.layers.mask_ops import rle_boxes
 from instseg_ext.modeling.masks import (
     Crop,
     Resize,
@@ -17,6 +16,7 @@ from instseg_ext.modeling.masks import (
     masks_to_instances,
     tight_boxes,
 )
+from instseg_ext.structures.rle import rle_boxes
 
 STEPS = [Resize((64, 96)), Crop((60, 83)), Resize((47, 71))]
 
@@ -186,7 +186,7 @@ def test_rle_in_pieces(piece_bytes, monkeypatch):
 def test_boxes_of_run_lengths():
     masks = torch.cat([plain_masks(blobs(8, 16, 24), STEPS), torch.zeros(3, 47, 71).bool()])
     masks[-3, 46, 70] = masks[-2, :, 5] = masks[-1, 9] = True
-    assert torch.equal(rle_boxes(encode_rle(masks)), loop_boxes(masks))
+    assert torch.equal(torch.from_numpy(rle_boxes(encode_rle(masks))).float(), loop_boxes(masks))
     assert rle_boxes([]).shape == (0, 4)
 
 
