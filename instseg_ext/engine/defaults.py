@@ -49,7 +49,11 @@ def setup(cfg: CfgNode, args: argparse.Namespace | None = None) -> None:
     logger = logging.getLogger(__name__)
     logger.info("Process %d of %d.", rank, comm.get_world_size())
     if comm.is_main_process():
-        logger.info("Environment:\n%s", collect_env_info())
+        # A page long: for bug reports, not for the screen.
+        report = Path(folder) / "environment.txt"
+        with atomic_write(report) as file:
+            file.write(collect_env_info().encode())
+        logger.info("Environment described in %s.", report)
         logger.info("Command line: %s", args)
 
     _settle_seed(cfg, Path(folder) / "config.yaml" if resume else None)
