@@ -30,8 +30,10 @@ env:  ## make the environment, or bring it up to date
 demo: env  ## train on real images, evaluate, draw (about 10 minutes on 2 cores)
 	$(RUN) train_net.py --config-file $(DEMO_CONFIG) --overwrite OUTPUT_DIR $(DEMO_OUTPUT) $(DEMO_OPTS)
 	$(RUN) -m instseg_ext.cli.main visualize predictions --config-file $(DEMO_OUTPUT)/config.yaml \
-		--weights $(DEMO_OUTPUT)/model_final.pth --output $(DEMO_OUTPUT)/pictures --overwrite
-	@echo "Scores are in $(DEMO_OUTPUT)/results.json, pictures in $(DEMO_OUTPUT)/pictures."
+		--weights $(DEMO_OUTPUT)/model_final.pth --confidence-threshold 0.3 \
+		--output $(DEMO_OUTPUT)/pictures --overwrite
+	@echo "Scores are in $(DEMO_OUTPUT)/results.json."
+	@echo "Pictures: open $(DEMO_OUTPUT)/pictures/contact_sheet.png"
 
 test: env  ## run the tests (without the slow ones)
 	$(RUN) -m pytest -q $(TEST_OPTS)
