@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from instseg_ext import __version__, compat
 
-__all__ = ["main", "run_command"]
+__all__ = ["build_parser", "main", "run_command"]
 
 # Modules are imported for their parser only; each defers torch and detectron2 to its `run`.
 _COMMANDS = (
@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 success, 1 the command found problems, 2 wrong usage or input.
     """
+    return run_command(build_parser(), argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="instseg", description="Instance segmentation for detectron2."
     )
@@ -52,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in _COMMANDS:
         importlib.import_module(name).add_parser(subparsers)
-    return run_command(parser, argv)
+    return parser
 
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:

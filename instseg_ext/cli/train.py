@@ -15,14 +15,19 @@ if TYPE_CHECKING:
 
     from instseg_ext.method import Method
 
-__all__ = ["add_parser", "main", "run"]
+__all__ = ["add_parser", "build_parser", "main", "run"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run as ``train_net.py``; returns the exit status."""
+    return run_command(build_parser(), argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``train_net.py``."""
     parser = argparse.ArgumentParser(prog="train_net.py", description="Train or evaluate a model.")
     _add_arguments(parser)
-    return run_command(parser, argv)
+    return parser
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
