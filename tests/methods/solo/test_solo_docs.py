@@ -26,29 +26,6 @@ def leaves(node, prefix=""):
             yield f"{prefix}{key}", value
 
 
-def test_model_table_equals_the_metafile():
-    models = yaml.safe_load((PROJECT / "metafile.yml").read_text())["Models"]
-    expected = [
-        [
-            f"[{m['config']}](configs/{m['config']}.yaml)",
-            *("-" if value is None else str(value) for key, value in m.items() if key != "config"),
-        ]
-        for m in models
-    ]
-    assert readme_rows(r"\[solov2_") == expected
-    for model in models:
-        assert (PROJECT / "configs" / f"{model['config']}.yaml").is_file()
-
-
-def test_every_published_config_is_in_the_table():
-    listed = {
-        model["config"]
-        for model in yaml.safe_load((PROJECT / "metafile.yml").read_text())["Models"]
-    }
-    files = {path.stem for path in (PROJECT / "configs").glob("solov2_*.yaml")}
-    assert files == listed
-
-
 def test_key_table_equals_the_config():
     cfg = get_cfg()
     add_solo_config(cfg)
