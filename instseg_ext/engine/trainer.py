@@ -32,6 +32,7 @@ from instseg_ext.engine.distributed import create_ddp_model, unwrap
 from instseg_ext.engine.ema import EmaHook, ModelEma
 from instseg_ext.engine.losses import StepLosses
 from instseg_ext.engine.outputs import last_checkpoint
+from instseg_ext.engine.pictures import PicturesHook
 from instseg_ext.engine.seeding import choose_seed, seed_step
 from instseg_ext.engine.standalone import check_weights, class_count
 from instseg_ext.engine.writers import require_wandb
@@ -69,6 +70,7 @@ class Trainer(TrainerBase):
         evaluated: completed iterations at the last evaluation.
         stop_reason: why training stopped early; "" if it did not.
         seed: the seed in use.
+        last_batch: the latest micro-batch.
 
     Raises:
         ValueError: if a setting is impossible; the message names the key.
@@ -91,6 +93,7 @@ class Trainer(TrainerBase):
         self.results: Mapping[str, Any] = {}
         self.evaluated = 0
         self.stop_reason = ""
+        self.last_batch: list[dict] = []
         self.run_id = uuid.uuid4().hex
         self._eval_limit = eval_limit
         self._set_seed(choose_seed(cfg.SEED))
@@ -146,6 +149,7 @@ class Trainer(TrainerBase):
             d2_hooks.IterationTimer(),
             d2_hooks.LRScheduler(),
             EmaHook(self.ema) if self.ema is not None else None,
+            PicturesHook(self.cfg.VIS_PERIOD, self.cfg.INPUT.FORMAT, node.CLASS_NAMES),
             hooks.PeakMemoryHook(WRITE_PERIOD),
             checkpoints,
             hooks.EvaluationHook(
@@ -277,7 +281,7 @@ class Trainer(TrainerBase):
         data_time = 0.0
         for part in range(parts):
             start = time.perf_counter()
-            batch = next(self._batches)
+            batch = self.last_batch = next(self._batches)
             data_time += time.perf_counter() - start
             with self._gradients_stay_local(part < parts - 1):
                 with self._forward_precision():

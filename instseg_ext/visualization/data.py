@@ -19,7 +19,7 @@ from instseg_ext.visualization.draw import DrawStyle, draw_instances
 if TYPE_CHECKING:
     from instseg_ext.method import Method
 
-__all__ = ["draw_sample", "draw_training_samples"]
+__all__ = ["draw_sample", "draw_training_samples", "sample_pixels"]
 
 
 def draw_training_samples(
@@ -62,6 +62,18 @@ def draw_training_samples(
     return [*files, out / "samples.png"]
 
 
+def sample_pixels(sample: dict, image_format: str) -> np.ndarray:
+    """Return the image of a mapped sample as (h, w, 3) uint8 BGR.
+
+    Args:
+        sample: with ``image`` (C, H, W), 0 to 255.
+        image_format: its channel order, ``INPUT.FORMAT``.
+    """
+    pixels: torch.Tensor = sample["image"].permute(1, 2, 0).float().clamp(0, 255)
+    rgb = detection_utils.convert_image_to_rgb(pixels.round().byte(), image_format)
+    return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
 def draw_sample(sample: dict, image_format: str, names: list[str]) -> np.ndarray:
     """Draw masks, boxes and class names of one mapped sample over its image.
 
@@ -73,11 +85,9 @@ def draw_sample(sample: dict, image_format: str, names: list[str]) -> np.ndarray
     Returns:
         (h, w, 3) uint8 BGR, small images enlarged.
     """
-    pixels: torch.Tensor = sample["image"].permute(1, 2, 0).float().clamp(0, 255)
-    rgb = detection_utils.convert_image_to_rgb(pixels.round().byte(), image_format)
     instances = sample["instances"]
     return draw_instances(
-        np.ascontiguousarray(rgb[:, :, ::-1]),
+        sample_pixels(sample, image_format),
         masks=instances.gt_masks.tensor.numpy().astype(bool),
         boxes=instances.gt_boxes.tensor.numpy(),
         classes=instances.gt_classes.tolist(),
