@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Tests are many small models on few cores: one thread each is faster than many that wait for each
-# other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread each: many small models on few cores are faster so than when they wait for each other,
+# and a comparison of one process with two must not also be one of thread counts.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -32,3 +33,12 @@ def seed():
 def device(request):
     """Every device there is: CUDA runs with ``-m gpu``."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def all_cores():
+    """Let a test that trains for minutes use every core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)

@@ -109,8 +109,8 @@ def test_torchrun_equals_the_launcher(dataset, tmp_path):
     assert "Process 0 of 2." in log
     names = [p.name.split(".out")[0] for p in elastic.iterdir()]
     assert sorted(names) == [
-        "config.yaml", "events", "last_checkpoint", "log.txt", "log.txt.rank1", "metrics.json",
-        "model_final.pth", "steps.json",
+        "config.yaml", "environment.txt", "events", "last_checkpoint", "log.txt", "log.txt.rank1",
+        "metrics.json", "model_final.pth", "steps.json",
     ]  # fmt: skip
 
 

@@ -35,13 +35,13 @@ class Noise(nn.Module):
     def find(self, image):
         generator = torch.Generator().manual_seed(int(image["image"].sum()))
         size = (image["height"], image["width"])
-        xy = torch.rand(12, 2, generator=generator) * torch.tensor([size[1], size[0]]) * 0.7
-        boxes = torch.cat([xy, xy + 22], dim=1).floor()
-        masks = torch.zeros(12, *size, dtype=torch.bool)
+        xy = torch.rand(60, 2, generator=generator) * torch.tensor([size[1], size[0]]) * 0.7
+        boxes = torch.cat([xy, xy + 28], dim=1).floor()
+        masks = torch.zeros(60, *size, dtype=torch.bool)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
             mask[y0:y1, x0:x1] = True
         found = Instances(size, pred_boxes=Boxes(boxes), scores=(xy[:, 0] // 20) / 20)
-        found.pred_classes = torch.arange(12) % 3
+        found.pred_classes = torch.arange(60) % 3
         found.pred_masks_rle = encode_masks(masks)
         return found
 

@@ -10,7 +10,7 @@ import instseg_ext
 from instseg_ext import data, zoo
 from instseg_ext.engine import Trainer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("all_cores")]
 
 SMALL = [
     "MODEL.DEVICE", "cpu",
