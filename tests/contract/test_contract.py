@@ -103,8 +103,8 @@ def test_no_detection_keeps_the_fields(model, output):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    cfg_free = model([dict(blobs(64, 64, []), height=33, width=44)])[0]["instances"]
-    instances = cfg_free[cfg_free.scores > 2]
+    found = model([dict(blobs(64, 64, []), height=33, width=44)])[0]["instances"]
+    instances = found[found.scores > 2]
     assert len(instances) == 0
     assert instances.pred_boxes.tensor.shape == (0, 4)
     assert instances.pred_classes.dtype is torch.int64
