@@ -1,4 +1,4 @@
-"""The ``INSTSEG`` node: keys that several methods share."""
+"""Keys that several methods share: the ``INSTSEG`` node and those of the shared backbones."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def add_missing(cfg: CfgNode, defaults: CfgNode) -> None:
 
 
 def add_shared_config(cfg: CfgNode) -> None:
-    """Define the ``INSTSEG`` node with its defaults.
+    """Define the ``INSTSEG`` node and the backbones' nodes with their defaults.
 
     Args:
         cfg: changed in place.
     """
+    _add_backbone_config(cfg)
     _C = cfg
     _C.INSTSEG = CfgNode()
 
@@ -92,3 +93,27 @@ def add_shared_config(cfg: CfgNode) -> None:
     _C.INSTSEG.WANDB = CfgNode()
     _C.INSTSEG.WANDB.ENABLED = False
     _C.INSTSEG.WANDB.PROJECT = "instseg_ext"
+
+
+def _add_backbone_config(cfg: CfgNode) -> None:
+    _C = cfg
+
+    # build_vgg16_backbone. MODEL.BACKBONE.FREEZE_AT k keeps conv1 to conv<k> as they are.
+    _C.MODEL.VGG = CfgNode()
+    # Of conv1 to conv5 (strides 1, 2, 4, 8, 16), each after its stage's last ReLU.
+    _C.MODEL.VGG.OUT_FEATURES = ["conv5"]
+    # Channels of conv1; the later stages have 2, 4, 8 and 8 times as many.
+    _C.MODEL.VGG.WIDTH = 64
+    # "" as published, or BN, FrozenBN, SyncBN, GN after each convolution.
+    _C.MODEL.VGG.NORM = ""
+    # Pooling of odd sizes: True rounds up as Caffe, False down as torchvision.
+    _C.MODEL.VGG.CEIL_MODE = True
+
+    # build_mobilenetv2_backbone. MODEL.BACKBONE.FREEZE_AT 1 keeps the stem, 2 also stage1, ...
+    _C.MODEL.MOBILENET = CfgNode()
+    # Of stage1 to stage7 (strides 2, 4, 8, 16, 16, 32, 32).
+    _C.MODEL.MOBILENET.OUT_FEATURES = ["stage3", "stage4", "stage6"]
+    # BN, FrozenBN, SyncBN, GN, or "" for none.
+    _C.MODEL.MOBILENET.NORM = "FrozenBN"
+    # Multiplies all channel counts (alpha in the paper); weights are published for 1.0.
+    _C.MODEL.MOBILENET.WIDTH_MULTIPLIER = 1.0
