@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 __all__ = ["append_coords", "coord_channels"]
 
+_PLANES = {"xy": slice(0, 2), "x": slice(0, 1), "y": slice(1, 2)}
+
 
 def coord_channels(
     size_hw: tuple[int, int],
@@ -31,7 +33,9 @@ def coord_channels(
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)])[None]
 
 
-def append_coords(features: torch.Tensor, source_hw: tuple[int, int] | None = None) -> torch.Tensor:
+def append_coords(
+    features: torch.Tensor, source_hw: tuple[int, int] | None = None, *, axes: str = "xy"
+) -> torch.Tensor:
     """Concatenate the coordinate planes after the feature channels.
 
     Args:
@@ -40,13 +44,15 @@ def append_coords(features: torch.Tensor, source_hw: tuple[int, int] | None = No
             means H x W itself. Appending coordinates and then resizing everything bilinearly gives
             the same tensor as resizing the features and passing their former size here, without
             the copy of the large map.
+        axes: which planes to append: ``"xy"``, ``"x"`` or ``"y"``.
 
     Returns:
-        (N, C + 2, H, W) in the dtype and memory format of ``features``; channel C is x, channel
-        C + 1 is y. The coordinates span the whole tensor, padding included.
+        (N, C + len(axes), H, W) in the dtype and memory format of ``features``; with both, channel
+        C is x and channel C + 1 is y. The coordinates span the whole tensor, padding included.
     """
     size_hw = features.shape[-2:]
     coords = coord_channels(source_hw or size_hw, device=features.device, dtype=torch.float32)
+    coords = coords[:, _PLANES[axes]]
     if coords.shape[-2:] != size_hw:
         coords = F.interpolate(coords, size=size_hw, mode="bilinear", align_corners=False)
     coords = coords.to(features.dtype).expand(features.shape[0], -1, -1, -1)

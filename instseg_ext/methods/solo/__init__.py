@@ -9,7 +9,7 @@ __all__ = ["METHOD"]
 METHOD = Method(
     name="SOLO",
     add_config=add_solo_config,
-    meta_architectures=("SOLOv2",),
+    meta_architectures=("SOLO", "SOLOv2"),
     class_count_keys=("MODEL.SOLO.NUM_CLASSES",),
     score_threshold_keys=("MODEL.SOLO.SCORE_THRESH", "MODEL.SOLO.UPDATE_THRESH"),
 )

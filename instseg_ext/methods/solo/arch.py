@@ -1,27 +1,34 @@
-"""SOLOv2 as a detectron2 meta-architecture: glue between head, targets, losses and inference."""
+"""The SOLO family as meta-architectures: glue between head, targets, losses and inference."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 from instseg_ext.config import check_choice
-from instseg_ext.methods.solo.head import DeformOptions, SOLOv2Head, SOLOv2Outputs, flatten_cells
+from instseg_ext.methods.solo.decoupled_head import DecoupledSOLOHead
+from instseg_ext.methods.solo.grid_head import GridHead, flatten_cells
+from instseg_ext.methods.solo.head import SOLOv2Head
 from instseg_ext.methods.solo.inference import Detections, InferenceOptions, category_scores, detect
+from instseg_ext.methods.solo.location_head import VanillaSOLOHead
 from instseg_ext.methods.solo.losses import category_loss, mask_loss
 from instseg_ext.methods.solo.targets import CellGrid, CellTargets, make_targets
+from instseg_ext.methods.solo.towers import DeformOptions
 from instseg_ext.modeling.dense import DenseInstanceSegmenter, dense_arguments, output_size
 from instseg_ext.modeling.masks import Crop, Resize, masks_to_instances
 from instseg_ext.modeling.runtime import RuntimeOptions
 
-__all__ = ["LossOptions", "SOLOv2", "register_meta_architecture"]
+__all__ = ["SOLO", "GridSegmenter", "LossOptions", "SOLOv2", "register_meta_architecture"]
 
 
 def register_meta_architecture(cls: type) -> type:
@@ -51,9 +58,10 @@ class LossOptions:
     focal_gamma: float = 2.0
 
 
-@register_meta_architecture
-class SOLOv2(DenseInstanceSegmenter):
-    """SOLOv2 (arXiv:2003.10152): every grid cell predicts classes and the kernel of one mask.
+class GridSegmenter(DenseInstanceSegmenter):
+    """Base of the family: every grid cell predicts classes and one mask of the whole image.
+
+    Variants differ in their heads alone.
 
     Note:
         Grid and coordinates span the padded batch, so an image's result depends on the padding that
@@ -65,7 +73,7 @@ class SOLOv2(DenseInstanceSegmenter):
         self,
         *,
         backbone: Backbone,
-        head: SOLOv2Head,
+        head: GridHead,
         grid: CellGrid,
         num_classes: int,
         pixel_mean: Sequence[float],
@@ -121,7 +129,8 @@ class SOLOv2(DenseInstanceSegmenter):
                 f"MODEL.SOLO.IN_FEATURES has {len(node.IN_FEATURES)} entries but NUM_GRIDS has "
                 f"{len(grid.num_grids)}."
             )
-        head = SOLOv2Head(
+        head = cls.build_head(
+            cfg,
             arguments["backbone"].output_shape(),
             in_features=node.IN_FEATURES,
             strides=grid.strides,
@@ -129,9 +138,6 @@ class SOLOv2(DenseInstanceSegmenter):
             num_classes=node.NUM_CLASSES,
             num_convs=node.NUM_CONVS,
             width=node.CONV_DIM,
-            kernel_dim=node.KERNEL_DIM,
-            mask_in_features=node.MASK_FEATURES.IN_FEATURES,
-            mask_width=node.MASK_FEATURES.CONV_DIM,
             norm=check_choice("MODEL.SOLO.NORM", node.NORM, ("GN", "BN", "SyncBN")),
             deform=DeformOptions(
                 towers=check_choice(
@@ -164,13 +170,26 @@ class SOLOv2(DenseInstanceSegmenter):
             ),
         }
 
+    @classmethod
+    @abstractmethod
+    def build_head(
+        cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec], **grid_options: Any
+    ) -> GridHead:
+        """Build the variant's head.
+
+        Args:
+            cfg: for the keys of this variant.
+            input_shape: of the backbone's features.
+            **grid_options: arguments that every head takes.
+        """
+
     def targets(
-        self, raw: SOLOv2Outputs, images: ImageList, gt_instances: list[Instances]
+        self, raw: NamedTuple, images: ImageList, gt_instances: list[Instances]
     ) -> list[CellTargets]:
         """Make the targets of a batch.
 
         Args:
-            raw: tells the size of the mask map.
+            raw: tells the sizes of the mask maps.
             images: the padded batch; the grids span all of it.
             gt_instances: per image ``gt_boxes``, ``gt_classes`` and ``gt_masks`` (BitMasks).
         """
@@ -180,7 +199,7 @@ class SOLOv2(DenseInstanceSegmenter):
                 gt.gt_classes,
                 gt.gt_masks.tensor,
                 input_hw=tuple(images.tensor.shape[-2:]),
-                mask_hw=tuple(raw.mask_features.shape[-2:]),
+                mask_sizes=self.head.target_sizes(raw),
                 grid=self.grid,
                 num_classes=self.num_classes,
             )
@@ -188,7 +207,7 @@ class SOLOv2(DenseInstanceSegmenter):
         ]
 
     def losses(
-        self, raw: SOLOv2Outputs, images: ImageList, gt_instances: list[Instances]
+        self, raw: NamedTuple, images: ImageList, gt_instances: list[Instances]
     ) -> dict[str, Tensor]:
         """Return ``loss_cls`` and ``loss_mask``, weighted; see the base class."""
         targets = self.targets(raw, images, gt_instances)
@@ -201,10 +220,12 @@ class SOLOv2(DenseInstanceSegmenter):
             gamma=options.focal_gamma,
             across_processes=across,
         )
+        probs, wanted = self.head.mask_pairs(raw, targets)
         loss_mask = mask_loss(
-            self.head.masks(raw, [t.cells for t in targets]),
-            [t.masks[t.instances] for t in targets],
-            branch=[*raw.kernels, raw.mask_features],
+            probs,
+            wanted,
+            branch=self.head.branch_outputs(raw),
+            level_parameters=self.head.level_parameters(),
             across_processes=across,
         )
         return {
@@ -214,7 +235,7 @@ class SOLOv2(DenseInstanceSegmenter):
 
     @torch.no_grad()
     def inference(
-        self, raw: SOLOv2Outputs, images: ImageList, batched_inputs: list[dict]
+        self, raw: NamedTuple, images: ImageList, batched_inputs: list[dict]
     ) -> list[Instances]:
         """Return the detections of each image at its original size; see the base class."""
         input_hw = tuple(images.tensor.shape[-2:])
@@ -241,22 +262,21 @@ class SOLOv2(DenseInstanceSegmenter):
         return results
 
     @torch.no_grad()
-    def detections(self, raw: SOLOv2Outputs) -> list[Detections]:
+    def detections(self, raw: NamedTuple) -> list[Detections]:
         """Select the detections of each image, still at the resolution of the mask map.
 
         Outputs that are not finite give no detections.
         """
         scores = category_scores(raw.category_logits)
-        kernels = flatten_cells(raw.kernels)
-        scores = scores * kernels.isfinite().all(dim=2, keepdim=True)
-        # Mask features are never negative, so their maximum tells whether all are finite.
-        scores = scores * raw.mask_features.flatten(1).amax(dim=1).isfinite()[:, None, None]
+        usable = self.head.usable_cells(raw)
+        if usable is not None:
+            scores = scores * usable[..., None]
         return [
             detect(
                 scores[n],
-                lambda cells, n=n: self.head.masks(_image(raw, n), [cells])[0],
+                partial(self.head.mask_source, raw, n),
                 min_areas=self.min_areas,
-                size_hw=tuple(raw.mask_features.shape[-2:]),
+                size_hw=self.head.map_size(raw),
                 options=self.inference_options,
                 budget_mb=self.mask_budget_mb,
             )
@@ -264,10 +284,45 @@ class SOLOv2(DenseInstanceSegmenter):
         ]
 
 
-def _image(raw: SOLOv2Outputs, n: int) -> SOLOv2Outputs:
-    """Return the outputs of one image as a batch of one."""
-    return SOLOv2Outputs(
-        [x[n : n + 1] for x in raw.category_logits],
-        [x[n : n + 1] for x in raw.kernels],
-        raw.mask_features[n : n + 1],
-    )
+@register_meta_architecture
+class SOLO(GridSegmenter):
+    """SOLO (arXiv:1912.04488), vanilla or decoupled: masks are channels of each level's map."""
+
+    @classmethod
+    def build_head(
+        cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec], **grid_options: Any
+    ) -> GridHead:
+        """Build the head that ``MODEL.SOLO.HEAD`` names; see the base class."""
+        kind = check_choice(
+            "MODEL.SOLO.HEAD", cfg.MODEL.SOLO.HEAD, ("vanilla", "decoupled", "decoupled_light")
+        )
+        odd = [stride for stride in grid_options["strides"] if stride % 4]
+        if odd:
+            raise ValueError(
+                "MODEL.SOLO.STRIDES must be multiples of 4 for SOLO, whose masks have half of "
+                f"them and are shrunk by an even number; got {odd[0]}."
+            )
+        if kind == "vanilla":
+            return VanillaSOLOHead(input_shape, **grid_options)
+        return DecoupledSOLOHead(
+            input_shape, shared_tower=kind == "decoupled_light", **grid_options
+        )
+
+
+@register_meta_architecture
+class SOLOv2(GridSegmenter):
+    """SOLOv2 (arXiv:2003.10152): a cell's mask is its kernel applied to one map of features."""
+
+    @classmethod
+    def build_head(
+        cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec], **grid_options: Any
+    ) -> GridHead:
+        """Build the head from the keys that only SOLOv2 has; see the base class."""
+        node = cfg.MODEL.SOLO
+        return SOLOv2Head(
+            input_shape,
+            kernel_dim=node.KERNEL_DIM,
+            mask_in_features=node.MASK_FEATURES.IN_FEATURES,
+            mask_width=node.MASK_FEATURES.CONV_DIM,
+            **grid_options,
+        )

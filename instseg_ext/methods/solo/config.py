@@ -39,6 +39,10 @@ def add_solo_config(cfg: CN) -> None:
     _C.MODEL.SOLO.CENTER_RADIUS = 0.2
 
     # ---- head ----
+    # How META_ARCHITECTURE "SOLO" makes the mask of a cell: vanilla (a channel per cell), decoupled
+    # (the product of a column's and a row's channel, a tower for each) or decoupled_light (one
+    # tower for both). SOLOv2 has a head of its own.
+    _C.MODEL.SOLO.HEAD = "vanilla"
     # 3x3 convolutions of each tower.
     _C.MODEL.SOLO.NUM_CONVS = 4
     # Width of the towers.

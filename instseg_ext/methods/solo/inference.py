@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from instseg_ext.layers.mask_nms import MATRIX_NMS_KERNELS, matrix_nms, points_nms
+from instseg_ext.methods.solo.grid_head import MaskSource
 
 __all__ = ["Detections", "InferenceOptions", "category_scores", "detect"]
-
-# (n,) cells -> (n, h, w) float32 probabilities.
-MaskSource = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def _best(scores: Tensor, limit: int) -> Tensor:
 @torch.no_grad()
 def detect(
     scores: Tensor,
-    source: MaskSource,
+    prepare: Callable[[Tensor], MaskSource],
     *,
     min_areas: Tensor,
     size_hw: tuple[int, int],
@@ -161,7 +159,8 @@ def detect(
 
     Args:
         scores: (C, K) float32 category scores after points NMS.
-        source: makes the masks of some cells.
+        prepare: from the (U,) cells that hold a candidate to a source of their masks. It is called
+            once, and only if there is any.
         min_areas: (C,) mask-map pixels.
         size_hw: (h, w) of the mask map.
         options: thresholds.
@@ -176,7 +175,11 @@ def detect(
         return _nothing(scores, classes, cells, size_hw)
     unique, rows = cells.unique(return_inverse=True)
     masks = _CellMasks(
-        source, unique, size_hw=size_hw, threshold=options.mask_thresh, budget_mb=budget_mb
+        prepare(unique),
+        unique,
+        size_hw=size_hw,
+        threshold=options.mask_thresh,
+        budget_mb=budget_mb,
     )
     maskness = masks.masses / masks.areas.clamp(min=1)
     scores = scores * maskness[rows]

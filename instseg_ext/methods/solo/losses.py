@@ -57,15 +57,18 @@ def mask_loss(
     targets: Sequence[Tensor],
     branch: Sequence[Tensor],
     *,
+    level_parameters: Sequence[Tensor] = (),
     across_processes: bool = False,
 ) -> Tensor:
     """Compute the mean dice loss over all masks of all levels and images together.
 
     Args:
-        probs: (P_n, Hm, Wm) float mask probabilities per image; P_n may be 0.
-        targets: (P_n, Hm, Wm) of zeros and ones per image.
+        probs: (P, h, w) float mask probabilities, in groups of equal size; P may be 0.
+        targets: (P, h, w) of zeros and ones for each group.
         branch: all outputs of the mask branch. They join the loss with weight zero when the batch
             holds no positive cell, so that every parameter has a gradient (DDP needs one).
+        level_parameters: parameters that only positive cells of one level reach. They always join
+            with weight zero, for the same reason.
         across_processes: divide by the mean count over processes instead of the local one.
 
     Returns:
@@ -78,6 +81,8 @@ def mask_loss(
             total = torch.stack(parts).sum()
         else:
             total = torch.stack([output.float().sum() for output in branch]).sum() * 0
+        if level_parameters:
+            total = total + torch.stack([p.sum() for p in level_parameters]).sum() * 0
         normalizer = torch.tensor(float(count), device=total.device)
         if across_processes:
             normalizer = mean_over_processes(normalizer)

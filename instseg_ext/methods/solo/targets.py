@@ -4,7 +4,7 @@ Shape shorthand: M ground-truth instances, L levels, S_l cells per side of level
 cells in level-major, row-major order, P (instance, cell) pairs, K foreground classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,14 +75,14 @@ class CellTargets:
         cells: (P,) int64 cell of each (instance, cell) pair; contested cells appear repeatedly.
         instances: (P,) int64 row of ``masks`` for each pair.
         winners: (C,) int64 instance that owns the cell, -1 for background.
-        masks: (M, Hm, Wm) uint8, ground-truth masks at the stride of the mask map.
+        masks: (M, h, w) uint8 by stride: ground-truth masks at the strides of the mask maps.
     """
 
     labels: Tensor
     cells: Tensor
     instances: Tensor
     winners: Tensor
-    masks: Tensor
+    masks: dict[int, Tensor]
 
     @property
     def num_positive(self) -> Tensor:
@@ -196,7 +196,7 @@ def make_targets(
     masks: Tensor,
     *,
     input_hw: tuple[int, int],
-    mask_hw: tuple[int, int],
+    mask_sizes: Mapping[int, tuple[int, int]],
     grid: CellGrid,
     num_classes: int,
 ) -> CellTargets:
@@ -207,7 +207,7 @@ def make_targets(
         classes: (M,) int64 in [0, K).
         masks: (M, h, w) bool at the input's scale, unpadded.
         input_hw: size of the padded batch.
-        mask_hw: size of the mask map; its stride is ``input_hw / mask_hw``.
+        mask_sizes: sizes of the mask maps by their stride in input pixels.
         grid: the levels.
         num_classes: K.
 
@@ -225,5 +225,5 @@ def make_targets(
         cells=cells,
         instances=instances,
         winners=winners,
-        masks=downsample_masks(masks, input_hw[0] // mask_hw[0], mask_hw),
+        masks={t: downsample_masks(masks, t, size) for t, size in mask_sizes.items()},
     )

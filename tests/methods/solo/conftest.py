@@ -1,4 +1,4 @@
-"""A SOLOv2 on a toy pyramid: the published grids, few channels, no backbone to speak of."""
+"""Models on a toy pyramid: the published grids, few channels, no backbone to speak of."""
 
 import pytest
 import torch
@@ -7,9 +7,11 @@ from detectron2.modeling import Backbone
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 
-from instseg_ext.methods.solo.arch import SOLOv2
+from instseg_ext.methods.solo.arch import SOLO, SOLOv2
+from instseg_ext.methods.solo.decoupled_head import DecoupledSOLOHead
 from instseg_ext.methods.solo.head import SOLOv2Head
 from instseg_ext.methods.solo.inference import InferenceOptions
+from instseg_ext.methods.solo.location_head import VanillaSOLOHead
 from instseg_ext.methods.solo.targets import CellGrid
 from instseg_ext.modeling.runtime import RuntimeOptions
 
@@ -50,16 +52,26 @@ def published_grid():
     )
 
 
+HEADS = {
+    "solov2": (SOLOv2Head, {}),
+    "vanilla": (VanillaSOLOHead, {}),
+    "decoupled": (DecoupledSOLOHead, {}),
+    "decoupled_light": (DecoupledSOLOHead, {"shared_tower": True}),
+}
+
+
 @pytest.fixture
 def make_head():
-    def make(num_classes=80, dim=256, grid=None, **options):
+    def make(num_classes=80, dim=256, grid=None, kind="solov2", **options):
         shapes = {name: ShapeSpec(channels=dim, stride=s) for name, s in STRIDES.items()}
-        return SOLOv2Head(
+        head, fixed = HEADS[kind]
+        return head(
             shapes,
             in_features=tuple(STRIDES),
             strides=grid.strides if grid else (8, 8, 16, 32, 32),
             num_grids=grid.num_grids if grid else (40, 36, 24, 16, 12),
             num_classes=num_classes,
+            **fixed,
             **options,
         )
 
@@ -70,17 +82,17 @@ def make_head():
 def make_model(make_head):
     """Build a model with grids small enough for 64-pixel images."""
 
-    def make(num_classes=3, grid=None, runtime=None, **options):
+    def make(num_classes=3, grid=None, runtime=None, kind="solov2", **options):
         grid = grid or CellGrid(
             num_grids=(10, 8, 6, 4, 2),
             strides=(8, 8, 16, 32, 32),
             scale_ranges=((1, 16), (8, 32), (16, 64), (32, 128), (64, 512)),
         )
+        kernels = {"kernel_dim": 32, "mask_width": 32} if kind == "solov2" else {}
         head = make_head(
-            num_classes=num_classes, dim=DIM, grid=grid, num_convs=1, width=32, kernel_dim=32,
-            mask_width=32,
-        )  # fmt: skip
-        return SOLOv2(
+            num_classes=num_classes, dim=DIM, grid=grid, kind=kind, num_convs=1, width=32, **kernels
+        )
+        return (SOLOv2 if kind == "solov2" else SOLO)(
             backbone=Pyramid(),
             head=head,
             grid=grid,

@@ -14,7 +14,8 @@ from methods.solo import solo_golden as golden
 from torch import nn
 
 from instseg_ext.methods.solo.arch import SOLOv2
-from instseg_ext.methods.solo.head import SOLOv2Head, flatten_cells
+from instseg_ext.methods.solo.grid_head import flatten_cells
+from instseg_ext.methods.solo.head import SOLOv2Head
 from instseg_ext.methods.solo.targets import CellGrid, make_targets
 
 LEVELS = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
@@ -96,7 +97,7 @@ def test_targets(model, expected):
         classes,
         masks,
         input_hw=golden.INPUT_HW,
-        mask_hw=mask_hw,
+        mask_sizes={4: mask_hw},
         grid=model.grid,
         num_classes=golden.CLASSES,
     )
@@ -108,7 +109,7 @@ def test_targets(model, expected):
         )
 
     theirs = listed(expected["pair_cells"], unpack(expected["pair_masks"], mask_hw))
-    assert listed(found.cells, found.masks[found.instances]) == theirs
+    assert listed(found.cells, found.masks[4][found.instances]) == theirs
 
 
 def test_losses(model, expected):

@@ -4,13 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from instseg_ext.methods.solo.head import (
-    DeformOptions,
-    MaskFeatures,
-    SOLOv2Outputs,
-    flatten_cells,
-    resize_to_stride,
-)
+from instseg_ext.methods.solo.grid_head import flatten_cells, resize_to_stride
+from instseg_ext.methods.solo.head import SOLOv2Outputs
+from instseg_ext.methods.solo.mask_features import MaskFeatures
+from instseg_ext.methods.solo.towers import DeformOptions
 
 
 def pyramid(height, width, dim, num=1):

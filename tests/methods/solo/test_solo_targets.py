@@ -26,7 +26,7 @@ def targets_of(boxes, classes, masks, grid, size=256, num_classes=80):
         torch.tensor(classes, dtype=torch.int64),
         masks,
         input_hw=(size, size),
-        mask_hw=(size // 4, size // 4),
+        mask_sizes={4: (size // 4, size // 4)},
         grid=grid,
         num_classes=num_classes,
     )
@@ -106,7 +106,7 @@ def test_one_rectangle(published_grid):
     assert (found.labels == 80).sum() == published_grid.num_cells - 18
     expected = torch.zeros(64, 64, dtype=torch.uint8)
     expected[16:32, 16:48] = 1
-    assert torch.equal(found.masks[0], expected)
+    assert torch.equal(found.masks[4][0], expected)
 
 
 def test_collision_keeps_both_masks_and_the_last_label(published_grid):
@@ -124,7 +124,7 @@ def test_collision_keeps_both_masks_and_the_last_label(published_grid):
     assert labels == [7] * 3 + [9] * 6 + [9] * 9
     # With one mask per cell, as in the first SOLO, the last instance owns the cell.
     owners = found.winners[found.cells.unique()]
-    sums = found.masks.flatten(1).sum(1)[owners].tolist()
+    sums = found.masks[4].flatten(1).sum(1)[owners].tolist()
     assert sums[:9] == [512] * 3 + [288] * 6
 
 
@@ -198,14 +198,20 @@ def test_random_images_against_the_loop():
         boxes, masks = torch.tensor(boxes, dtype=torch.float32), torch.stack(masks)
         classes = torch.tensor(integers(0, 5, 6))
         found = make_targets(
-            boxes, classes, masks, input_hw=(96, 128), mask_hw=(24, 32), grid=grid, num_classes=5
+            boxes,
+            classes,
+            masks,
+            input_hw=(96, 128),
+            mask_sizes={4: (24, 32)},
+            grid=grid,
+            num_classes=5,
         )
         labels, pairs = loop_oracle(boxes, classes, masks, (96, 128), grid, 5)
         assert torch.equal(found.labels, labels)
         assert sorted(pairs) == sorted(
             zip(found.instances.tolist(), found.cells.tolist(), strict=True)
         )
-        assert torch.equal(found.masks[0], shrink_loop(masks[0], 4, (24, 32)))
+        assert torch.equal(found.masks[4][0], shrink_loop(masks[0], 4, (24, 32)))
 
 
 def test_one_pixel_object_and_no_object(published_grid):
@@ -217,7 +223,7 @@ def test_one_pixel_object_and_no_object(published_grid):
     assert split(cells, published_grid) == [(0, 39, 39)]
     none = targets_of([], [], torch.zeros(0, 64, 64).bool(), published_grid, size=64)
     assert none.num_positive.item() == 0
-    assert none.masks.shape == (0, 16, 16)
+    assert none.masks[4].shape == (0, 16, 16)
     assert (none.labels == 80).all()
 
 

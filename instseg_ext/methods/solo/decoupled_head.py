@@ -1,0 +1,141 @@
+"""Decoupled SOLO's head, where the mask of a cell is the product of a column's and a row's channel.
+
+Shape shorthand: see ``grid_head`` and ``location_head``.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from instseg_ext.layers.coord import append_coords
+from instseg_ext.methods.solo.grid_head import MaskSource
+from instseg_ext.methods.solo.location_head import SOLOHead, SOLOOutputs, resize_maps
+from instseg_ext.methods.solo.towers import DeformOptions, build_predictor, build_tower
+
+__all__ = ["DecoupledSOLOHead"]
+
+
+class DecoupledSOLOHead(SOLOHead):
+    """A channel per column and one per row: a mask is the product of the two (Sec. 4 of the paper).
+
+    Only the columns and rows of chosen cells are predicted.
+    """
+
+    def __init__(
+        self,
+        input_shape: Mapping[str, ShapeSpec],
+        *,
+        num_convs: int = 7,
+        width: int = 256,
+        norm: str = "GN",
+        deform: DeformOptions | None = None,
+        shared_tower: bool = False,
+        **grid_options,
+    ) -> None:
+        """Build the layers and initialise them as the authors do.
+
+        Args:
+            input_shape: see the base class, as ``num_convs``, ``width``, ``norm`` and ``deform``.
+            num_convs: see the base class.
+            width: see the base class.
+            norm: see the base class.
+            deform: see the base class.
+            shared_tower: one tower, which sees both coordinates, for columns and rows (the light
+                model); else one tower for each, which sees that coordinate.
+            **grid_options: see the base class.
+        """
+        deform = deform or DeformOptions()
+        super().__init__(
+            input_shape,
+            num_convs=num_convs,
+            width=width,
+            norm=norm,
+            deform=deform,
+            **grid_options,
+        )
+        self.shared_tower = shared_tower
+        if shared_tower:
+            self.mask_tower = build_tower(self.in_dim + 2, width, num_convs, norm, deform)
+        else:
+            self.mask_tower_x = build_tower(self.in_dim + 1, width, num_convs, norm, deform)
+            self.mask_tower_y = build_tower(self.in_dim + 1, width, num_convs, norm, deform)
+        self.mask_pred_x, self.mask_pred_y = (
+            nn.ModuleList(build_predictor(width, side, self.prior_bias) for side in self.num_grids)
+            for _ in range(2)
+        )
+
+    def run_mask_towers(self, feature: Tensor) -> tuple[Tensor, ...]:
+        """Run the towers of columns and rows, or the one they share."""
+        if self.shared_tower:
+            return (self.mask_tower(append_coords(feature)),)
+        return (
+            self.mask_tower_x(append_coords(feature, axes="x")),
+            self.mask_tower_y(append_coords(feature, axes="y")),
+        )
+
+    def _axis_masks(
+        self, raw: SOLOOutputs, image: int, level: int, columns: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Predict some columns and rows of one level: (n, 2 h_l, 2 w_l) float32 each."""
+        # The 3x3 predictors see the doubled map: unlike a 1x1, they do not commute with doubling.
+        towers = [
+            F.interpolate(
+                tower[image : image + 1], scale_factor=2, mode="bilinear", align_corners=False
+            )
+            for tower in raw.mask_towers[level]
+        ]
+        masks = []
+        for tower, predictor, channels in (
+            (towers[0], self.mask_pred_x[level], columns),
+            (towers[-1], self.mask_pred_y[level], rows),
+        ):
+            with torch.autocast(tower.device.type, enabled=False):
+                logits = F.conv2d(
+                    tower,
+                    predictor.weight[channels].to(tower.dtype),
+                    predictor.bias[channels].to(tower.dtype),
+                    padding=1,
+                )[0]
+                masks.append(logits.float().sigmoid())
+        return masks[0], masks[1]
+
+    def level_masks(self, raw: SOLOOutputs, image: int, level: int, cells: Tensor) -> Tensor:
+        """Multiply the cells' columns and rows; see the base class."""
+        side = self.num_grids[level]
+        columns, x_of = (cells % side).unique(return_inverse=True)
+        rows, y_of = (cells // side).unique(return_inverse=True)
+        x, y = self._axis_masks(raw, image, level, columns, rows)
+        return x[x_of] * y[y_of]
+
+    def mask_source(self, raw: SOLOOutputs, image: int, cells: Tensor) -> MaskSource:
+        """Predict every column and row that any of the cells needs, once; at most 2 sum S_l maps.
+
+        As in the authors' code the two maps are resized before they are multiplied.
+        """
+        size = self.map_size(raw)
+        # Where to find the maps of a cell; cells that were not announced point at nothing.
+        x_of = cells.new_full((sum(s * s for s in self.num_grids),), -1)
+        y_of = x_of.clone()
+        maps_x, maps_y = ([torch.empty((0, *size), device=cells.device)] for _ in range(2))
+        for level, positions, local in self.by_level(cells):
+            side = self.num_grids[level]
+            columns, of_column = (local % side).unique(return_inverse=True)
+            rows, of_row = (local // side).unique(return_inverse=True)
+            x_of[cells[positions]] = of_column + sum(len(m) for m in maps_x)
+            y_of[cells[positions]] = of_row + sum(len(m) for m in maps_y)
+            x, y = self._axis_masks(raw, image, level, columns, rows)
+            maps_x.append(resize_maps(x, size))
+            maps_y.append(resize_maps(y, size))
+        all_x, all_y = torch.cat(maps_x), torch.cat(maps_y)
+
+        def make(chosen: Tensor) -> Tensor:
+            return all_x[x_of[chosen]] * all_y[y_of[chosen]]
+
+        return make
+
+    def level_parameters(self) -> list[Tensor]:
+        """Return the predictors' parameters."""
+        return [*self.mask_pred_x.parameters(), *self.mask_pred_y.parameters()]
