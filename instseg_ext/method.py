@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Method"]
+__all__ = ["Method", "NamedFamily"]
+
+
+class NamedFamily(Protocol):
+    """A family of foreign checkpoints, see `instseg_ext.checkpoint.Family`."""
+
+    @property
+    def name(self) -> str:
+        """The name under which the converter finds it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class Method:
             change the suppression.
         build_mapper: ``(cfg, is_train) -> mapper``; ``None`` means the shared mapper.
         evaluator_hints: options for the evaluator, such as ``{"segm_score_field": "mask_scores"}``.
-        converters: checkpoint converters by family name.
+        converters: families of foreign checkpoints that hold this method's models; the zoo
+            registers them.
         export_wrapper: what export traces; ``None`` means the method has no export.
         figures: extra figures of ``instseg visualize`` by name.
         commands: extra command stages by name.
@@ -39,7 +48,7 @@ class Method:
     score_threshold_keys: tuple[str, ...] = ()
     build_mapper: Callable[[Any, bool], Callable[[dict], dict | None]] | None = None
     evaluator_hints: Mapping[str, object] = field(default_factory=dict)
-    converters: Mapping[str, Callable] = field(default_factory=dict)
+    converters: tuple[NamedFamily, ...] = ()
     export_wrapper: Callable | None = None
     figures: Mapping[str, Callable] = field(default_factory=dict)
     commands: Mapping[str, Callable] = field(default_factory=dict)

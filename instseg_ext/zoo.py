@@ -12,6 +12,7 @@ compat.require_detectron2()
 
 from detectron2.config import CfgNode, get_cfg  # noqa: E402
 
+from instseg_ext import checkpoint  # noqa: E402
 from instseg_ext import config as config_nodes  # noqa: E402
 from instseg_ext.data import add_data_config, register_bundled, register_from_config  # noqa: E402
 from instseg_ext.method import Method  # noqa: E402
@@ -28,6 +29,10 @@ __all__ = [
 ]
 
 METHODS: tuple[Method, ...] = (solo.METHOD, mask_rcnn.METHOD)
+
+for _method in METHODS:
+    for _family in _method.converters:
+        checkpoint.register_family(_family)
 
 
 def add_instseg_config(cfg: CfgNode) -> None:

@@ -1,16 +1,64 @@
-"""Safe reading and atomic writing of weights and training checkpoints."""
+"""Safe reading, conversion and atomic writing of weights and training checkpoints."""
 
 from instseg_ext.checkpoint.atomic import atomic_write, remove_leftovers
 from instseg_ext.checkpoint.checkpointer import InstSegCheckpointer
+from instseg_ext.checkpoint.convert import (
+    AUTO,
+    check_fit,
+    convert,
+    convert_with_variant,
+    recognise,
+    shapes_of,
+)
+from instseg_ext.checkpoint.families import (
+    Family,
+    Shapes,
+    Variant,
+    families,
+    find_family,
+    register_family,
+)
+from instseg_ext.checkpoint.keymap import COUNTERS, Drop, KeyMap, Rename
 from instseg_ext.checkpoint.plain import to_plain
 from instseg_ext.checkpoint.readers import fetch_weights, read_metadata, read_weights
+from instseg_ext.checkpoint.report import ConversionError, Report
+from instseg_ext.checkpoint.resnet_rules import (
+    ResNetFacts,
+    block_rules,
+    fpn_rules,
+    resnet_facts,
+    resnet_rules,
+)
 
 __all__ = [
+    "AUTO",
+    "COUNTERS",
+    "ConversionError",
+    "Drop",
+    "Family",
     "InstSegCheckpointer",
+    "KeyMap",
+    "Rename",
+    "Report",
+    "ResNetFacts",
+    "Shapes",
+    "Variant",
     "atomic_write",
+    "block_rules",
+    "check_fit",
+    "convert",
+    "convert_with_variant",
+    "families",
     "fetch_weights",
+    "find_family",
+    "fpn_rules",
     "read_metadata",
     "read_weights",
+    "recognise",
+    "register_family",
     "remove_leftovers",
+    "resnet_facts",
+    "resnet_rules",
+    "shapes_of",
     "to_plain",
 ]
