@@ -214,8 +214,8 @@ class GridHead(nn.Module, ABC):
         Returns:
             Per image (P_n, Hm, Wm) float32 in [0, 1].
         """
-        logits = raw.category_logits[0]
         if selection is None:
-            every = torch.arange(sum(s * s for s in self.num_grids), device=logits.device)
-            selection = [every] * len(logits)
+            levels = raw.category_logits
+            count = sum(level[0, 0].numel() for level in levels)
+            selection = [torch.arange(count, device=levels[0].device)] * len(levels[0])
         return [self.mask_source(raw, n, cells)(cells) for n, cells in enumerate(selection)]

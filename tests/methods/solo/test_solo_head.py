@@ -112,9 +112,8 @@ def test_mask_features_refuse_unfit_strides():
 
 def test_masks_equal_one_convolution_per_candidate(make_head):
     head = make_head(dim=32, num_convs=1, width=32, kernel_dim=32, mask_width=32)
-    raw = SOLOv2Outputs(
-        [], [torch.randn(2, 8, 4, 4), torch.randn(2, 8, 2, 2)], torch.rand(2, 8, 6, 5)
-    )
+    kernels = [torch.randn(2, 8, 4, 4), torch.randn(2, 8, 2, 2)]
+    raw = SOLOv2Outputs([k[:, :3] for k in kernels], kernels, torch.rand(2, 8, 6, 5))
     selection = [torch.tensor([0, 7, 7, 19]), torch.tensor([], dtype=torch.int64)]
     masks = head.masks(raw, selection)
     assert [tuple(m.shape) for m in masks] == [(4, 6, 5), (0, 6, 5)]
