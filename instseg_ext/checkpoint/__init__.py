@@ -1,5 +1,6 @@
 """Safe reading, conversion and atomic writing of weights and training checkpoints."""
 
+from instseg_ext.checkpoint import torchvision_family  # noqa: F401  (registers the family)
 from instseg_ext.checkpoint.atomic import atomic_write, remove_leftovers
 from instseg_ext.checkpoint.checkpointer import InstSegCheckpointer
 from instseg_ext.checkpoint.convert import (

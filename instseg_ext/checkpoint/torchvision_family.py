@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from instseg_ext.checkpoint.families import Family, Shapes, Variant
+from instseg_ext.checkpoint.families import Family, Shapes, Variant, register_family
 from instseg_ext.checkpoint.keymap import COUNTERS, Drop, KeyMap, Rename
 from instseg_ext.checkpoint.report import ConversionError
 from instseg_ext.checkpoint.resnet_rules import resnet_facts, resnet_rules
@@ -113,18 +113,20 @@ def _describe_resnet(shapes: Shapes) -> tuple[str, str]:
     return f"Wide {facts.text}" if wide else facts.text, f"It is for MODEL.RESNETS {told}."
 
 
-TORCHVISION = Family(
-    name="torchvision",
-    summary="ImageNet ResNet, ResNeXt, VGG-16 and MobileNetV2 of torchvision",
-    key_map=KeyMap(
-        [
-            COUNTERS,
-            *resnet_rules(),
-            Drop("fc.{p*}", _CLASSIFIER),
-            *_vgg_rules(),
-            *_mobilenet_rules(),
-        ]
-    ),
-    claims=_claims,
-    describe=_describe,
+TORCHVISION = register_family(
+    Family(
+        name="torchvision",
+        summary="ImageNet ResNet, ResNeXt, VGG-16 and MobileNetV2 of torchvision",
+        key_map=KeyMap(
+            [
+                COUNTERS,
+                *resnet_rules(),
+                Drop("fc.{p*}", _CLASSIFIER),
+                *_vgg_rules(),
+                *_mobilenet_rules(),
+            ]
+        ),
+        claims=_claims,
+        describe=_describe,
+    )
 )
