@@ -1,6 +1,9 @@
 """Safe reading, conversion and atomic writing of weights and training checkpoints."""
 
-from instseg_ext.checkpoint import torchvision_family  # noqa: F401  (registers the family)
+from instseg_ext.checkpoint import (  # noqa: F401  (registers the families of no method)
+    detectron2_family,
+    torchvision_family,
+)
 from instseg_ext.checkpoint.atomic import atomic_write, remove_leftovers
 from instseg_ext.checkpoint.checkpointer import InstSegCheckpointer
 from instseg_ext.checkpoint.convert import (
@@ -8,9 +11,11 @@ from instseg_ext.checkpoint.convert import (
     check_fit,
     convert,
     convert_with_variant,
+    model_shapes,
     recognise,
     shapes_of,
 )
+from instseg_ext.checkpoint.converted import check_destination, sha256_of, write_converted
 from instseg_ext.checkpoint.families import (
     Family,
     Shapes,
@@ -46,6 +51,7 @@ __all__ = [
     "Variant",
     "atomic_write",
     "block_rules",
+    "check_destination",
     "check_fit",
     "convert",
     "convert_with_variant",
@@ -53,6 +59,7 @@ __all__ = [
     "fetch_weights",
     "find_family",
     "fpn_rules",
+    "model_shapes",
     "read_metadata",
     "read_weights",
     "recognise",
@@ -60,6 +67,8 @@ __all__ = [
     "remove_leftovers",
     "resnet_facts",
     "resnet_rules",
+    "sha256_of",
     "shapes_of",
     "to_plain",
+    "write_converted",
 ]

@@ -5,16 +5,31 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from torch import Tensor
 
 from instseg_ext.checkpoint.families import Family, Shapes, Variant, families, find_family
 from instseg_ext.checkpoint.report import ConversionError, Report, listing
 
-__all__ = ["AUTO", "check_fit", "convert", "convert_with_variant", "recognise", "shapes_of"]
+__all__ = [
+    "AUTO",
+    "check_fit",
+    "convert",
+    "convert_with_variant",
+    "model_shapes",
+    "recognise",
+    "shapes_of",
+]
 
 AUTO = "auto"
 # What every name of a dense model of this package starts with, see `Method`.
 _OURS = ("backbone.", "head.")
+# Not needed to compute anything.
+_COUNTER = ".num_batches_tracked"
+# A norm without them is an affine layer, to which detectron2's initial values reduce it.
+_STATISTICS = (".running_mean", ".running_var")
 
 
 def convert(state_dict: Mapping[str, Any], family: str = AUTO) -> tuple[dict[str, Tensor], Report]:
@@ -41,7 +56,7 @@ def convert_with_variant(
     state_dict: Mapping[str, Any], family: str = AUTO
 ) -> tuple[dict[str, Tensor], Report, Variant]:
     """Like ``convert``, and what was recognised."""
-    state_dict = without_wrapper(state_dict)
+    state_dict = _without_wrapper(state_dict)
     found = recognise(state_dict) if family == AUTO else find_family(family)
     if not found.claims(state_dict.keys()):
         raise ConversionError(_not_of_family(found, state_dict))
@@ -77,13 +92,27 @@ def recognise(state_dict: Mapping[str, Any]) -> Family:
     names = list(state_dict)
     if names and all(name.startswith(_OURS) for name in names):
         raise ConversionError(
-            "the names in the file are this package's own: it needs no conversion, give it as "
-            "MODEL.WEIGHTS."
+            "the names in the file look like this package's own: if it was saved here, it needs "
+            "no conversion; give it as MODEL.WEIGHTS."
         )
     raise ConversionError(
         f"the file is of no known family: it has {len(names)} names, of which the first are "
         f"{listing(names, 5) or 'none'}; known families: {', '.join(families())}."
     )
+
+
+def model_shapes(cfg: CfgNode) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's state dict, without spending memory on the model.
+
+    Args:
+        cfg: not modified.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_fit(
@@ -96,17 +125,19 @@ def check_fit(
         expected: shapes of the model's state dict.
         report: ``missing``, ``leftovers`` and ``mismatched`` are filled in.
         backbone_only: the weights' names are endings of the model's, and the model may have more.
+            Norms may lack their statistics if all do.
 
     Raises:
         ConversionError: if a name is missing or too many, or a shape differs.
     """
+    spared: tuple[str, ...] = (_COUNTER,)
     if backbone_only:
         expected = _by_ending(weights.keys(), expected)
+        if not any(name.endswith(_STATISTICS) for name in weights):
+            spared += _STATISTICS
     report.leftovers = [name for name in weights if name not in expected]
     report.missing = [
-        name
-        for name in expected
-        if name not in weights and not name.endswith("num_batches_tracked")
+        name for name in expected if name not in weights and not name.endswith(spared)
     ]
     report.mismatched = {
         name: (tuple(tensor.shape), tuple(expected[name]))
@@ -116,17 +147,22 @@ def check_fit(
     wrong = []
     if report.missing:
         wrong.append(
-            f"{len(report.missing)} names of the model are missing: {listing(report.missing)}"
+            f"the file lacks {len(report.missing)} of its names: {listing(report.missing)}"
         )
     if report.leftovers:
-        wrong.append(
-            f"{len(report.leftovers)} names are not the model's: {listing(report.leftovers)}"
-        )
+        wrong.append(f"{len(report.leftovers)} names are left over: {listing(report.leftovers)}")
     if report.mismatched:
-        pairs = [f"{k} {list(a)} for {list(b)}" for k, (a, b) in report.mismatched.items()]
+        pairs = [
+            f"{name} is {list(found)} in the file and {list(wanted)} in the model"
+            for name, (found, wanted) in report.mismatched.items()
+        ]
         wrong.append(f"{len(pairs)} shapes differ: {listing(pairs)}")
     if wrong:
-        raise ConversionError(f"{'; '.join(wrong)}.", report)
+        raise ConversionError(
+            f"the model of {report.config or 'the config'} is not the file's ({report.variant}): "
+            f"{'; '.join(wrong)}.",
+            report,
+        )
 
 
 def shapes_of(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -134,8 +170,14 @@ def shapes_of(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in weights.items()}
 
 
-def without_wrapper(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Take off the prefix of parallel wrappers, which some programs save with the weights."""
+def _without_wrapper(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Take off the prefix of parallel wrappers, which some programs save with the weights.
+
+    Raises:
+        ConversionError: if it is no dict of names.
+    """
+    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
+        raise ConversionError("the file holds no tensors by name.")
     if state_dict and all(name.startswith("module.") for name in state_dict):
         return {name.removeprefix("module."): value for name, value in state_dict.items()}
     return state_dict
@@ -156,8 +198,8 @@ def _not_of_family(family: Family, state_dict: Mapping[str, Any]) -> str:
 
 def _by_ending(names: Collection[str], expected: Shapes) -> dict[str, tuple[int, ...]]:
     """Return the part of a model that a backbone alone is to fill, under the backbone's names."""
-    for name in expected:
-        for ending in names:
+    for ending in names:
+        for name in expected:
             if name.endswith(f".{ending}"):
                 prefix = name.removesuffix(ending)
                 return {

@@ -127,8 +127,7 @@ class KeyMap:
             The result. Tensors that no transform changed share their memory with the file's.
 
         Raises:
-            ConversionError: if two names become one.
-            TypeError: if an entry that is kept is no tensor.
+            ConversionError: if two names become one, or an entry that is kept is no tensor.
         """
         mapped = Mapped()
         origin: dict[str, str] = {}
@@ -161,13 +160,13 @@ def as_tensor(name: str, value: Any) -> Tensor:
     """Return ``value`` as a tensor without gradient; arrays are not copied where possible.
 
     Raises:
-        TypeError: if it is neither tensor nor array nor number, naming it.
+        ConversionError: if it is neither tensor nor array nor number, naming it.
     """
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, (np.ndarray, np.generic, int, float)):
         return torch.from_numpy(np.ascontiguousarray(value)).reshape(np.shape(value))
-    raise TypeError(f"{shorten(name)} is a {type(value).__name__}, not a tensor.")
+    raise ConversionError(f"{shorten(name)} is a {type(value).__name__}, not a tensor.")
 
 
 class _Pattern:
