@@ -16,6 +16,11 @@ TINY_RESNET = [
     "INPUT.MIN_SIZE_TEST", 64,
 ]  # fmt: skip
 
+TINY_SOLO = ("MODEL.SOLO.CONV_DIM", 32, "MODEL.SOLO.NUM_CONVS", 1)
+# Fresh masks of the first SOLO are at the prior everywhere: put them above the mask threshold, also
+# as a product of two, and the scores below theirs.
+FULL_MASKS = (*TINY_SOLO, "MODEL.SOLO.PRIOR_PROB", 0.8, "MODEL.SOLO.SCORE_THRESH", 0.99)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -43,13 +48,13 @@ CASES = [
     Case(
         "SOLOv2",
         "SOLO/nuclei_solov2_R_18_FPN",
-        (
-            "MODEL.SOLO.CONV_DIM", 32,
-            "MODEL.SOLO.NUM_CONVS", 1,
-            "MODEL.SOLO.KERNEL_DIM", 32,
-            "MODEL.SOLO.MASK_FEATURES.CONV_DIM", 32,
-        ),
+        (*TINY_SOLO, "MODEL.SOLO.KERNEL_DIM", 32, "MODEL.SOLO.MASK_FEATURES.CONV_DIM", 32),
         sees_padding=True,
+    ),
+    Case("SOLO", "SOLO/nuclei_solo_R_18_FPN", FULL_MASKS, sees_padding=True),
+    Case("Decoupled", "SOLO/nuclei_decoupled_solo_R_18_FPN", FULL_MASKS, sees_padding=True),
+    Case(
+        "DecoupledLight", "SOLO/nuclei_decoupled_solo_light_R_18_FPN", FULL_MASKS, sees_padding=True
     ),
     Case(
         "MaskRCNN",
