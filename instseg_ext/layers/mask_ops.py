@@ -17,6 +17,7 @@ from instseg_ext.structures.rle import encode_masks
 __all__ = [
     "RLEList",
     "chunk_slices",
+    "count_pixels",
     "empty_boxes",
     "encode_rle",
     "masks_per_chunk",
@@ -58,6 +59,27 @@ def _first_and_end(hit: Tensor) -> tuple[Tensor, Tensor]:
     first = hit.argmax(dim=1)
     end = hit.shape[1] - hit.flip(1).argmax(dim=1)
     return first, end
+
+
+def count_pixels(masks: Tensor) -> Tensor:
+    """Count the pixels of each mask.
+
+    Args:
+        masks: (N, H, W) bool.
+
+    Returns:
+        (N,) int64 on the device of ``masks``.
+    """
+    flat = masks.flatten(1).contiguous()
+    pixels = flat.shape[1]
+    aligned = pixels and pixels % 8 == 0 and flat.storage_offset() % 8 == 0
+    if flat.device.type != "cpu" or not aligned:
+        return flat.sum(dim=1)
+    # Torch widens every pixel to eight bytes before it sums. Here eight pixels are one number, of
+    # which 255 can be added before a byte of the sum overflows.
+    lanes = flat.view(torch.int64).split(255, dim=1)
+    sums = torch.stack([lane.sum(dim=1) for lane in lanes], dim=1)
+    return sums.view(torch.uint8).sum(dim=1, dtype=torch.int64)
 
 
 def tight_boxes(masks: Tensor) -> Tensor:

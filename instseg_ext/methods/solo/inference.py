@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from instseg_ext.layers.mask_nms import MATRIX_NMS_KERNELS, matrix_nms, points_nms
+from instseg_ext.layers.mask_ops import count_pixels
 from instseg_ext.methods.solo.grid_head import MaskSource
 
 __all__ = ["Detections", "InferenceOptions", "category_scores", "detect"]
@@ -87,13 +89,15 @@ def category_scores(logits: Sequence[Tensor]) -> Tensor:
 
 
 class _CellMasks:
-    """Masks of the candidate cells: measured in chunks, kept when all of them fit the budget.
+    """Masks of the candidate cells: measured in chunks, kept as bool when they fit the budget.
 
-    Those that do not fit are made again for the few cells that matter later.
+    What is not kept is made again for the few cells that matter later.
     """
 
     # Float maps that exist at once while a chunk is made and measured, one of them spare.
     _MAPS_PER_CHUNK = 4
+    # A chunk's map: larger ones leave the caches, and memory that the allocator keeps.
+    _CHUNK_BYTES = 2**24
 
     def __init__(
         self,
@@ -105,11 +109,12 @@ class _CellMasks:
         budget_mb: float,
     ) -> None:
         self.source, self.cells, self.threshold = source, cells, threshold
-        map_bytes = 4 * size_hw[0] * size_hw[1]
-        budget = budget_mb * 2**20
-        self.chunk = max(1, int(budget / 2) // (self._MAPS_PER_CHUNK * map_bytes))
-        fits = len(cells) * map_bytes <= budget / 2
-        self.kept = cells.new_empty((len(cells), *size_hw), dtype=torch.float32) if fits else None
+        pixels = size_hw[0] * size_hw[1]
+        half = int(budget_mb * 2**20 / 2)
+        chunk_bytes = min(half // self._MAPS_PER_CHUNK, self._CHUNK_BYTES)
+        self.chunk = max(1, chunk_bytes // (4 * pixels))
+        fits = len(cells) * pixels <= half
+        self.kept = cells.new_empty((len(cells), *size_hw), dtype=torch.bool) if fits else None
         self.areas, self.masses = self._measure()
 
     def _measure(self) -> tuple[Tensor, Tensor]:
@@ -118,20 +123,20 @@ class _CellMasks:
         for start in range(0, len(self.cells), self.chunk):
             span = slice(start, start + self.chunk)
             probs = self.source(self.cells[span])
-            if self.kept is not None:
-                self.kept[span] = probs
-            binary = probs > self.threshold
-            areas.append(binary.flatten(1).sum(dim=1))
-            # NaN times False is NaN: a broken mask gets a NaN score and is dropped.
-            masses.append((probs * binary).flatten(1).sum(dim=1))
+            out = None if self.kept is None else self.kept[span]
+            areas.append(count_pixels(torch.gt(probs, self.threshold, out=out)))
+            # NaN passes: a broken mask gets a NaN score and is dropped.
+            masses.append(F.threshold_(probs, self.threshold, 0.0).flatten(1).sum(dim=1))
         return torch.cat(areas).float(), torch.cat(masses)
 
     def probs(self, rows: Tensor) -> Tensor:
         """Return the (n, h, w) probabilities of some of the U cells."""
-        return self.source(self.cells[rows]) if self.kept is None else self.kept[rows]
+        return self.source(self.cells[rows])
 
     def binary(self, rows: Tensor) -> Tensor:
         """Return the (n, h * w) bool masks of some of the U cells."""
+        if self.kept is not None:
+            return self.kept[rows].flatten(1)
         chunks = rows.split(self.chunk)
         return torch.cat([(self.probs(part) > self.threshold).flatten(1) for part in chunks])
 

@@ -164,9 +164,15 @@ class VanillaSOLOHead(SOLOHead):
         size = self.map_size(raw)
 
         def make(chosen: Tensor) -> Tensor:
+            parts = [
+                (rows, resize_maps(self.level_masks(raw, image, level, local), size))
+                for level, rows, local in self.by_level(chosen)
+            ]
+            if len(parts) == 1:  # ordinary for a chunk of sorted cells
+                return parts[0][1]
             masks = torch.empty((len(chosen), *size), device=chosen.device)
-            for level, rows, local in self.by_level(chosen):
-                masks[rows] = resize_maps(self.level_masks(raw, image, level, local), size)
+            for rows, maps in parts:
+                masks[rows] = maps
             return masks
 
         return make
