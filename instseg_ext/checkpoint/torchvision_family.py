@@ -8,12 +8,21 @@ of these names. All files are for RGB images.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_resnet_backbone
+from torch import nn
 
 from instseg_ext.checkpoint.families import Family, Shapes, Variant, register_family
 from instseg_ext.checkpoint.keymap import COUNTERS, Drop, KeyMap, Rename
-from instseg_ext.checkpoint.report import ConversionError
+from instseg_ext.checkpoint.report import ConversionError, listing
 from instseg_ext.checkpoint.resnet_rules import resnet_facts, resnet_rules
+from instseg_ext.modeling.mobilenet import MobileNetV2
+from instseg_ext.modeling.vgg import VGG
 
 __all__ = ["TORCHVISION"]
 
@@ -22,6 +31,8 @@ _INPUT = (
     "The weights want INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.28, 103.53] and "
     "MODEL.PIXEL_STD [58.395, 57.12, 57.375]."
 )
+# Of VGG; they are no part of the backbone.
+_HEAD_LAYERS = ("fc6.", "fc7.")
 # Convolutions per stage of VGG-16, and blocks per stage of MobileNetV2.
 _VGG16 = (2, 2, 3, 3, 3)
 _MOBILENET = (1, 2, 3, 4, 3, 3, 1)
@@ -86,20 +97,42 @@ def _claims(names: Collection[str]) -> bool:
 
 
 def _describe(shapes: Shapes) -> Variant:
-    if "conv1_1.weight" in shapes:
-        text, *notes = "VGG-16", "It is for MODEL.BACKBONE.NAME build_vgg16_backbone."
-    elif "stage1.0.project.weight" in shapes:
-        text, *notes = "MobileNetV2", "It is for MODEL.BACKBONE.NAME build_mobilenetv2_backbone."
-    else:
-        text, *notes = _describe_resnet(shapes)
-    return Variant(text, notes=(*notes, _INPUT), backbone_only=True)
+    with torch.device("meta"):
+        if "conv1_1.weight" in shapes:
+            text, note = "VGG-16", "It is for MODEL.BACKBONE.NAME build_vgg16_backbone."
+            model: nn.Module = VGG()
+        elif "stage1.0.project.weight" in shapes:
+            text, note = "MobileNetV2", "It is for MODEL.BACKBONE.NAME build_mobilenetv2_backbone."
+            model = MobileNetV2(out_features=("stage7",))
+        else:
+            text, keys = _resnet(shapes)
+            told = ", ".join(f"{key} {value}" for key, value in keys.items())
+            note = f"It is for MODEL.RESNETS {told}."
+            model = _build_resnet(keys)
+    backbone = {n: shape for n, shape in shapes.items() if not n.startswith(_HEAD_LAYERS)}
+    _check_whole(text, backbone, {n: tuple(t.shape) for n, t in model.state_dict().items()})
+    return Variant(text, notes=(note, _INPUT), backbone_only=True)
 
 
-def _describe_resnet(shapes: Shapes) -> tuple[str, str]:
+def _check_whole(text: str, shapes: Shapes, expected: Shapes) -> None:
+    """Raise unless a backbone alone, for which no config is needed, has all its tensors."""
+    wrong = [f"{name} is missing" for name in expected if name not in shapes]
+    wrong += [f"{name} is unknown" for name in shapes if name not in expected]
+    wrong += [
+        f"{name} is {list(shape)} instead of {list(expected[name])}"
+        for name, shape in shapes.items()
+        if shape != expected.get(name, shape)
+    ]
+    if wrong:
+        raise ConversionError(f"the file holds no whole {text} of torchvision: {listing(wrong)}.")
+
+
+def _resnet(shapes: Shapes) -> tuple[str, dict[str, Any]]:
+    """Return a ResNet's name and its keys below ``MODEL.RESNETS``."""
     facts = resnet_facts(shapes, prefix="")
     if not facts.depth:
         raise ConversionError(
-            "the ResNet in the file is none of 18, 34, 50, 101, 152 layers: no config can build it."
+            "the ResNet in the file has the blocks of none of 18, 34, 50, 101, 152 layers."
         )
     wide = facts.groups == 1 and facts.width_per_group != 64
     keys = {
@@ -109,8 +142,15 @@ def _describe_resnet(shapes: Shapes) -> tuple[str, str]:
         "RES2_OUT_CHANNELS": 64 if facts.depth < 50 else 256,
         "STRIDE_IN_1X1": False,
     }
-    told = ", ".join(f"{key} {value}" for key, value in keys.items())
-    return f"Wide {facts.text}" if wide else facts.text, f"It is for MODEL.RESNETS {told}."
+    return f"Wide {facts.text}" if wide else facts.text, keys
+
+
+def _build_resnet(keys: Mapping[str, Any]) -> nn.Module:
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    for key, value in keys.items():
+        cfg.MODEL.RESNETS[key] = value
+    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
 
 
 TORCHVISION = register_family(

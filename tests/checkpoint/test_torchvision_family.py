@@ -251,3 +251,34 @@ def test_a_resnet_of_another_depth_is_refused():
         model = torchvision.models.ResNet(block, [1, 1, 1, 1])
     with pytest.raises(ConversionError, match="none of 18, 34, 50, 101, 152"):
         convert(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "converted"),
+    [
+        ("resnet18", "layer2.0.downsample.1.running_var", "res3.0.shortcut.norm.running_var"),
+        ("resnext50_32x4d", "bn1.bias", "stem.conv1.norm.bias"),
+        ("vgg16", "features.26.bias", "conv5_2.bias"),
+        ("mobilenet_v2", "features.3.conv.2.weight", "stage2.1.project.weight"),
+    ],
+)
+def test_an_incomplete_file_is_refused(name, key, converted):
+    state = on_meta(name).state_dict()
+    del state[key]
+    with pytest.raises(ConversionError, match=rf"of torchvision: {converted} is missing\.$"):
+        convert(state)
+
+
+def test_an_unknown_part_of_a_norm_is_refused():
+    state = on_meta("resnet18").state_dict()
+    state["bn1.momentum"] = state["bn1.bias"]
+    with pytest.raises(ConversionError, match=r"stem\.conv1\.norm\.momentum is unknown"):
+        convert(state)
+
+
+def test_another_shape_is_refused():
+    state = on_meta("mobilenet_v2", width_mult=0.5).state_dict()
+    with pytest.raises(
+        ConversionError, match=r"stem\.conv1\.weight is \[16, 3, 3, 3\] instead of \[32"
+    ):
+        convert(state)
