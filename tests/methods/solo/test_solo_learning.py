@@ -1,4 +1,4 @@
-"""SOLOv2 learns: three shapes on unseen images, and four many-class images by heart."""
+"""Every variant learns: three shapes on unseen images, and four many-class images by heart."""
 
 import json
 
@@ -16,19 +16,30 @@ SMALL = [
     "MODEL.DEVICE", "cpu",
     "MODEL.FPN.OUT_CHANNELS", 64,
     "MODEL.SOLO.CONV_DIM", 64,
-    "MODEL.SOLO.KERNEL_DIM", 32,
-    "MODEL.SOLO.NUM_GRIDS", [20, 14],
     "INPUT.MIN_SIZE_TRAIN", (96,),
     "INPUT.MIN_SIZE_TEST", 96,
     "DATALOADER.NUM_WORKERS", 0,
     "SOLVER.CHECKPOINT_PERIOD", 100000,
     "SEED", 1,
 ]  # fmt: skip
+GRIDS = {
+    "solov2": ["MODEL.SOLO.NUM_GRIDS", [20, 14], "MODEL.SOLO.KERNEL_DIM", 32],
+    **dict.fromkeys(
+        ("solo", "decoupled_solo", "decoupled_solo_light"),
+        ["MODEL.SOLO.NUM_GRIDS", [20, 14, 6, 3]],
+    ),
+}
 
 
-def train(tmp_path, *opts):
+@pytest.fixture(params=GRIDS)
+def variant(request):
+    return request.param
+
+
+def train(variant, tmp_path, *opts):
     cfg = instseg_ext.get_config(
-        "SOLO/nuclei_solov2_R_18_FPN", [*SMALL, "OUTPUT_DIR", str(tmp_path / "run"), *opts]
+        f"SOLO/nuclei_{variant}_R_18_FPN",
+        [*SMALL, *GRIDS[variant], "OUTPUT_DIR", str(tmp_path / "run"), *opts],
     )
     (tmp_path / "run").mkdir()
     trainer = Trainer(cfg, zoo.method_of(cfg))
@@ -43,8 +54,9 @@ def mask_metrics(cfg, trainer, name):
     return Trainer.test(cfg, trainer.model, zoo.method_of(cfg))[name]["segm"]
 
 
-def test_three_shapes(tmp_path):
+def test_three_shapes(variant, tmp_path):
     cfg, trainer = train(
+        variant,
         tmp_path,
         "MODEL.SOLO.NUM_CLASSES", 3,
         "DATASETS.TRAIN", ("shapes_train",),
@@ -102,15 +114,18 @@ def many_classes(folder, swap=()):
     return path
 
 
-def test_four_images_of_many_classes_by_heart(tmp_path):
+def test_four_images_of_many_classes_by_heart(variant, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    data.register("solo_many", str(many_classes(folder)), str(folder))
-    data.register("solo_many_swapped", str(many_classes(folder, swap=(7, 31))), str(folder))
+    # Registered names hold for the whole process: one pair for each variant.
+    known, swapped_name = f"{variant}_many", f"{variant}_many_swapped"
+    data.register(known, str(many_classes(folder)), str(folder))
+    data.register(swapped_name, str(many_classes(folder, swap=(7, 31))), str(folder))
     cfg, trainer = train(
+        variant,
         tmp_path,
         "MODEL.SOLO.NUM_CLASSES", 12,
-        "DATASETS.TRAIN", ("solo_many",),
+        "DATASETS.TRAIN", (known,),
         "DATASETS.TEST", (),
         "SOLVER.MAX_ITER", 250,
         "INPUT.RANDOM_FLIP", "none",
@@ -119,8 +134,8 @@ def test_four_images_of_many_classes_by_heart(tmp_path):
         "INSTSEG.AUGMENTATIONS.BRIGHTNESS", [],
         "INSTSEG.AUGMENTATIONS.CONTRAST", [],
     )  # fmt: skip
-    right = mask_metrics(cfg, trainer, "solo_many")["AP50"]
-    swapped = mask_metrics(cfg, trainer, "solo_many_swapped")["AP50"]
+    right = mask_metrics(cfg, trainer, known)["AP50"]
+    swapped = mask_metrics(cfg, trainer, swapped_name)["AP50"]
     assert right >= 90
     # Two of twelve classes are wrong: what the other ten give is left.
     assert swapped < right - 10
