@@ -22,12 +22,12 @@ SMALL = [
     "SOLVER.CHECKPOINT_PERIOD", 100000,
     "SEED", 1,
 ]  # fmt: skip
+FOUR_LEVELS = ["MODEL.SOLO.NUM_GRIDS", [20, 14, 6, 3]]
 GRIDS = {
     "solov2": ["MODEL.SOLO.NUM_GRIDS", [20, 14], "MODEL.SOLO.KERNEL_DIM", 32],
-    **dict.fromkeys(
-        ("solo", "decoupled_solo", "decoupled_solo_light"),
-        ["MODEL.SOLO.NUM_GRIDS", [20, 14, 6, 3]],
-    ),
+    "solo": FOUR_LEVELS,
+    "decoupled_solo": FOUR_LEVELS,
+    "decoupled_solo_light": FOUR_LEVELS,
 }
 
 
