@@ -124,8 +124,9 @@ def check_fit(
         weights: by converted name.
         expected: shapes of the model's state dict.
         report: ``missing``, ``leftovers`` and ``mismatched`` are filled in.
-        backbone_only: the weights' names are endings of the model's, and the model may have more.
-            Norms may lack their statistics if all do.
+        backbone_only: the weights' names are endings of the model's. The model may have more, and
+            the weights may have parts (``res5.``, ``fc6.``) of which the model has nothing. Norms
+            may lack their statistics if all do.
 
     Raises:
         ConversionError: if a name is missing or too many, or a shape differs.
@@ -136,6 +137,9 @@ def check_fit(
         if not any(name.endswith(_STATISTICS) for name in weights):
             spared += _STATISTICS
     report.leftovers = [name for name in weights if name not in expected]
+    if backbone_only:
+        built = {_part(name) for name in expected}
+        report.leftovers = [name for name in report.leftovers if _part(name) in built or not built]
     report.missing = [
         name for name in expected if name not in weights and not name.endswith(spared)
     ]
@@ -147,21 +151,22 @@ def check_fit(
     wrong = []
     if report.missing:
         wrong.append(
-            f"the file lacks {len(report.missing)} of its names: {listing(report.missing)}"
+            f"{len(report.missing)} names of the model are missing: {listing(report.missing)}"
         )
     if report.leftovers:
-        wrong.append(f"{len(report.leftovers)} names are left over: {listing(report.leftovers)}")
+        wrong.append(
+            f"{len(report.leftovers)} names are not the model's: {listing(report.leftovers)}"
+        )
     if report.mismatched:
         pairs = [
-            f"{name} is {list(found)} in the file and {list(wanted)} in the model"
+            f"{name} {list(found)} instead of {list(wanted)}"
             for name, (found, wanted) in report.mismatched.items()
         ]
         wrong.append(f"{len(pairs)} shapes differ: {listing(pairs)}")
     if wrong:
+        model = f"the model of {report.config}" if report.config else "the model"
         raise ConversionError(
-            f"the model of {report.config or 'the config'} is not the file's ({report.variant}): "
-            f"{'; '.join(wrong)}.",
-            report,
+            f"the file ({report.variant}) does not fit {model}: {'; '.join(wrong)}.", report
         )
 
 
@@ -208,3 +213,7 @@ def _by_ending(names: Collection[str], expected: Shapes) -> dict[str, tuple[int,
                     if key.startswith(prefix)
                 }
     return {}
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]

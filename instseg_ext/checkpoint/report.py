@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 __all__ = ["ConversionError", "Report", "listing", "shorten"]
 
-_MOST = 10
+_MOST, _FEW = 10, 2
 
 
 @dataclass
@@ -46,9 +45,10 @@ class Report:
             lines.append(f"config      {self.config}")
         lines += [f"note        {note}" for note in self.notes]
         lines.append(f"mapped      {len(self.mapped)}")
-        groups = Counter(self.dropped.values())
-        told = "".join(f"\n            {count} {reason}" for reason, count in groups.items())
-        lines.append(f"dropped     {len(self.dropped)}{told}")
+        lines.append(f"dropped     {len(self.dropped)}")
+        for reason in dict.fromkeys(self.dropped.values()):
+            names = [name for name, why in self.dropped.items() if why == reason]
+            lines.append(f"            {len(names)} {reason}: {listing(names, _FEW)}")
         lines.append(f"missing     {len(self.missing)}")
         lines.append(f"left over   {len(self.leftovers)}")
         if self.mismatched:

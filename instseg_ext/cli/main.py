@@ -20,6 +20,7 @@ _COMMANDS = (
     "instseg_ext.cli.check_dataset",
     "instseg_ext.cli.visualize",
     "instseg_ext.cli.benchmark",
+    "instseg_ext.cli.convert",
     "instseg_ext.cli.models",
 )
 
