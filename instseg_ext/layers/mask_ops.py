@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from instseg_ext.structures.rle import encode_masks
@@ -21,6 +22,7 @@ __all__ = [
     "empty_boxes",
     "encode_rle",
     "masks_per_chunk",
+    "mass_centers",
     "tight_boxes",
 ]
 
@@ -61,6 +63,23 @@ def _first_and_end(hit: Tensor) -> tuple[Tensor, Tensor]:
     return first, end
 
 
+def _add_bytes(words: Tensor, dim: int) -> Tensor:
+    """Add zeros and ones that are packed eight to a number, each byte position for itself.
+
+    Torch widens bytes before it sums them, which takes many times as long as reading them. 255
+    packed numbers can be added before a byte of the sum overflows.
+
+    Args:
+        words: int64 view of bytes that are 0 or 1.
+        dim: dimension that vanishes.
+
+    Returns:
+        int64 of the remaining shape, with a last dimension of 8 for the bytes of a word.
+    """
+    sums = torch.stack([part.sum(dim=dim) for part in words.split(255, dim=dim)])
+    return sums.unsqueeze(-1).view(torch.uint8).sum(dim=0, dtype=torch.int64)
+
+
 def count_pixels(masks: Tensor) -> Tensor:
     """Count the pixels of each mask.
 
@@ -75,11 +94,40 @@ def count_pixels(masks: Tensor) -> Tensor:
     aligned = pixels and pixels % 8 == 0 and flat.storage_offset() % 8 == 0
     if flat.device.type != "cpu" or not aligned:
         return flat.sum(dim=1)
-    # Torch widens every pixel to eight bytes before it sums. Here eight pixels are one number, of
-    # which 255 can be added before a byte of the sum overflows.
-    lanes = flat.view(torch.int64).split(255, dim=1)
-    sums = torch.stack([lane.sum(dim=1) for lane in lanes], dim=1)
-    return sums.view(torch.uint8).sum(dim=1, dtype=torch.int64)
+    return _add_bytes(flat.view(torch.int64), dim=1).sum(dim=1)
+
+
+def mass_centers(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute where the pixels of each mask are on average.
+
+    Args:
+        masks: (N, H, W) bool.
+
+    Returns:
+        Mean row index and mean column index, (N,) float64, 0 for an empty mask, and the pixel
+        count, (N,) int64. Sums are exact: those of a large mask exceed the integers of float32.
+    """
+    num, height, width = masks.shape
+    if masks.device.type != "cpu" or not masks.numel():
+        rows, columns = masks.sum(dim=2), masks.sum(dim=1)
+        sum_y = (rows * torch.arange(height, device=masks.device)).sum(dim=1)
+    else:
+        # A block of eight rows is a whole number of words, whatever the width. Row 8 b + r is
+        # counted in two parts: b from the blocks' totals, r from the blocks laid on each other.
+        blocks = -(-height // 8)
+        masks = F.pad(masks, (0, 0, 0, 8 * blocks - height)) if height % 8 else masks.contiguous()
+        # A slice of other masks may begin in the middle of a word.
+        masks = masks.clone() if masks.storage_offset() % 8 else masks
+        words = masks.view(num, blocks, 8 * width).view(torch.int64)
+        per_block = _add_bytes(words, dim=2).sum(dim=2)
+        overlaid = _add_bytes(words, dim=1).view(num, 8, width)
+        columns = overlaid.sum(dim=1)
+        sum_y = 8 * (per_block * torch.arange(blocks)).sum(dim=1)
+        sum_y += (overlaid.sum(dim=2) * torch.arange(8)).sum(dim=1)
+    sum_x = (columns * torch.arange(width, device=masks.device)).sum(dim=1)
+    area = columns.sum(dim=1)
+    divisor = area.clamp(min=1).double()
+    return sum_y.double() / divisor, sum_x.double() / divisor, area
 
 
 def tight_boxes(masks: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Counting the pixels of masks."""
+"""Counting the pixels of masks, and where they are."""
 
 import pytest
 import torch
 
-from instseg_ext.layers.mask_ops import count_pixels
+from instseg_ext.layers.mask_ops import count_pixels, mass_centers
 
 
 @pytest.mark.parametrize("size", [(200, 336), (3, 3), (8, 8), (2, 4), (1, 2040), (1, 2048), (0, 8)])
@@ -12,3 +12,22 @@ def test_count_equals_the_sum(size):
     masks[1] = True
     for part in (masks, masks[1:], masks[:0], masks.mT):
         assert torch.equal(count_pixels(part), part.flatten(1).sum(dim=1))
+
+
+@pytest.mark.parametrize("size", [(16, 24), (9, 13), (7, 5), (8, 1333), (2050, 3), (1, 1)])
+def test_centers_equal_the_mean_of_the_indices(size):
+    masks = torch.rand(4, *size, generator=torch.Generator().manual_seed(1)) > 0.4
+    masks[1], masks[2] = True, False
+    for part in (masks, masks[1:], masks[:, :, : size[1] // 2 + 1]):
+        y, x, area = mass_centers(part)
+        for i, mask in enumerate(part):
+            indices = mask.nonzero().double()
+            assert area[i] == len(indices)
+            mean = indices.mean(dim=0) if len(indices) else torch.zeros(2)
+            assert [y[i].item(), x[i].item()] == pytest.approx(mean.tolist(), abs=1e-12)
+
+
+def test_centers_of_nothing():
+    y, x, area = mass_centers(torch.zeros(0, 8, 8, dtype=torch.bool))
+    assert y.shape == x.shape == area.shape == (0,)
+    assert mass_centers(torch.zeros(2, 0, 8, dtype=torch.bool))[2].tolist() == [0, 0]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from instseg_ext.layers.mask_ops import mass_centers
+
 __all__ = ["CellGrid", "CellTargets", "assign_cells", "downsample_masks", "make_targets"]
 
 # Positive cells of an instance lie in the square of this side around the cell of its centre.
@@ -115,19 +117,6 @@ def downsample_masks(masks: Tensor, stride: int, size_hw: tuple[int, int]) -> Te
     return (count >= 2).to(torch.uint8)
 
 
-def _mass_centers(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean row and column index of each mask and its pixel count, (M,) float64 each.
-
-    Index sums of a large mask exceed the integers that float32 holds, hence int64.
-    """
-    rows, columns = masks.sum(dim=2), masks.sum(dim=1)
-    area = rows.sum(dim=1)
-    y = (rows * torch.arange(rows.shape[1], device=masks.device)).sum(dim=1)
-    x = (columns * torch.arange(columns.shape[1], device=masks.device)).sum(dim=1)
-    area_or_one = area.clamp(min=1).double()
-    return y.double() / area_or_one, x.double() / area_or_one, area
-
-
 def _cell_span(center: Tensor, half: Tensor, size: int, sides: Tensor) -> tuple[Tensor, Tensor]:
     """Return first and last positive row (or column) per instance and level, (M, L) int64.
 
@@ -165,7 +154,7 @@ def assign_cells(
     """
     device = boxes.device
     widths, heights = (boxes[:, 2:] - boxes[:, :2]).double().unbind(dim=1)
-    center_y, center_x, area = _mass_centers(masks)
+    center_y, center_x, area = mass_centers(masks)
     scale = (widths * heights).sqrt()
     ranges = torch.tensor(grid.scale_ranges, dtype=torch.float64, device=device)
     on_level = (scale[:, None] >= ranges[:, 0]) & (scale[:, None] <= ranges[:, 1])
