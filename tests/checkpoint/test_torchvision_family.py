@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,13 @@ from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 import instseg_ext
-from instseg_ext.checkpoint import ConversionError, InstSegCheckpointer, convert, recognise
+from instseg_ext.checkpoint import (
+    ConversionError,
+    InstSegCheckpointer,
+    convert,
+    recognise,
+    write_converted,
+)
 from instseg_ext.modeling.mobilenet import MobileNetV2
 from instseg_ext.modeling.vgg import VGG
 
@@ -39,9 +47,8 @@ def random_model(name, **options):
 
 
 def write(path, weights):
-    """What ``instseg convert`` writes for a backbone."""
-    content = {"model": weights, "__author__": "torchvision", "matching_heuristics": True}
-    torch.save(content, path)
+    metadata = {"family": "torchvision", "sha256": ""}
+    write_converted(str(path), weights, metadata, backbone_only=True)
     return str(path)
 
 
@@ -282,3 +289,29 @@ def test_another_shape_is_refused():
         ConversionError, match=r"stem\.conv1\.weight is \[16, 3, 3, 3\] instead of \[32"
     ):
         convert(state)
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_names_torchvisions_files_and_what_configs_look_for():
+    page = (ROOT / "docs" / "backbones.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if "_torchvision.pth` |" in line]
+    files = {row[0].strip("| "): row[1].strip("`") for row in rows}
+    enums = {
+        name.removesuffix("_Weights").replace("_", "").lower(): getattr(torchvision.models, name)
+        for name in dir(torchvision.models)
+        if name.endswith("_Weights")
+    }
+    for model, file in files.items():
+        weights = enums[re.sub("[-_]", "", model).lower()]
+        assert weights.IMAGENET1K_V1.url == f"https://download.pytorch.org/models/{file}"
+    written = {row[3].strip("` |") for row in rows}
+    configs = [*ROOT.glob("projects/*/configs/*.yaml"), *ROOT.glob("configs/*.yaml")]
+    wanted = {
+        w for c in configs for w in re.findall(r"weights/\w+_torchvision\.pth", c.read_text())
+    }
+    assert wanted
+    assert wanted <= written
