@@ -34,7 +34,7 @@ class Variant:
 
     kind: str
     deform: str = "none"
-    seed: int = 7
+    seed: int = 0
 
 
 VARIANTS = {
@@ -42,7 +42,7 @@ VARIANTS = {
     "decoupled": Variant("decoupled", seed=34),
     "decoupled_light": Variant("decoupled_light", seed=38),
     "decoupled_light_dcn": Variant("decoupled_light", "last", seed=15),
-    "solov2": Variant("solov2"),
+    "solov2": Variant("solov2", seed=23),
     "solov2_dcn": Variant("solov2", "all", seed=41),
 }
 
