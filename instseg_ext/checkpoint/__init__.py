@@ -6,7 +6,7 @@ from instseg_ext.checkpoint import (  # noqa: F401  (registers the families of n
 )
 from instseg_ext.checkpoint.atomic import atomic_write, remove_leftovers
 from instseg_ext.checkpoint.checkpointer import InstSegCheckpointer
-from instseg_ext.checkpoint.convert import (
+from instseg_ext.checkpoint.conversion import (
     AUTO,
     check_fit,
     convert,
@@ -16,7 +16,7 @@ from instseg_ext.checkpoint.convert import (
     shapes_of,
 )
 from instseg_ext.checkpoint.converted import check_destination, sha256_of, write_converted
-from instseg_ext.checkpoint.families import (
+from instseg_ext.checkpoint.family import (
     Family,
     Shapes,
     Variant,

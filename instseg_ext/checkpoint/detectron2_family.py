@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from instseg_ext.checkpoint.families import Family, Shapes, Variant, register_family
+from instseg_ext.checkpoint.family import Family, Shapes, Variant, register_family
 from instseg_ext.checkpoint.keymap import COUNTERS, Drop, KeyMap, Rename
 from instseg_ext.checkpoint.resnet_rules import ResNetFacts, resnet_facts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from instseg_ext.checkpoint.families import Shapes
+from instseg_ext.checkpoint.family import Shapes
 from instseg_ext.checkpoint.keymap import Rename
 
 __all__ = ["ResNetFacts", "block_rules", "fpn_rules", "resnet_facts", "resnet_rules"]

@@ -17,7 +17,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_resnet_backbone
 from torch import nn
 
-from instseg_ext.checkpoint.families import Family, Shapes, Variant, register_family
+from instseg_ext.checkpoint.family import Family, Shapes, Variant, register_family
 from instseg_ext.checkpoint.keymap import COUNTERS, Drop, KeyMap, Rename
 from instseg_ext.checkpoint.report import ConversionError, listing
 from instseg_ext.checkpoint.resnet_rules import resnet_facts, resnet_rules

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from instseg_ext.checkpoint.families import Family, Shapes, Variant, families, find_family
+from instseg_ext.checkpoint.family import Family, Shapes, Variant, families, find_family
 from instseg_ext.checkpoint.report import ConversionError, Report, listing
 
 __all__ = [
