@@ -271,6 +271,8 @@ def test_detections_against_the_loop(make_model, kind):
     with torch.no_grad():
         masks, scores = every_mask(model.head, raw), peaks(raw.category_logits)
         found = model.detections(raw)[0]
+        model.mask_budget_mb = 1e-3  # mask by mask
+        piecewise = model.detections(raw)[0]
     strides = (8, 8, 16, 32, 32)
     areas = torch.cat(
         [torch.full((s * s,), t) for s, t in zip(model.grid.num_grids, strides, strict=True)]
@@ -281,6 +283,8 @@ def test_detections_against_the_loop(make_model, kind):
     assert found.classes.tolist() == [row[1] for row in expected]
     torch.testing.assert_close(found.scores, torch.tensor([row[0] for row in expected]))
     torch.testing.assert_close(found.probs(slice(0, 20)), masks[found.cells], rtol=1e-4, atol=1e-5)
+    assert torch.equal(piecewise.cells, found.cells)
+    torch.testing.assert_close(piecewise.scores, found.scores)
 
 
 @pytest.mark.parametrize(("level", "area"), enumerate((8, 8, 16, 32, 32)))
@@ -334,6 +338,7 @@ def test_ground_truth_with_an_empty_mask_is_skipped(make_model, make_sample, kin
     assert losses["loss_cls"].isfinite()
 
 
+@pytest.mark.parametrize("kind", ["solov2", *KINDS])
 def test_no_detections_are_accepted_by_evaluation_and_drawing(make_model, make_sample, kind):
     samples = [make_sample(48, 64), make_sample(64, 40)]
     samples[0].update(height=101, width=130)
