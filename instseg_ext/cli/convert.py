@@ -90,8 +90,18 @@ def _convert(args: argparse.Namespace) -> tuple[Report, bool]:
     metadata: dict[str, Any] = {"family": report.family, "sha256": checkpoint.sha256_of(source)}
     cfg = _config(args, report, variant)
     if cfg is not None:
-        expected = checkpoint.model_shapes(cfg)
-        checkpoint.check_fit(weights, expected, report, backbone_only=variant.backbone_only)
+        try:
+            checkpoint.check_fit(
+                weights,
+                checkpoint.model_shapes(cfg),
+                report,
+                backbone_only=variant.backbone_only,
+            )
+        except checkpoint.ConversionError as error:
+            if not args.config or not variant.config:
+                raise
+            hint = f" By its shapes the file is for {variant.config}."
+            raise checkpoint.ConversionError(f"{error}{hint}", report) from error
     if cfg is not None and not variant.backbone_only:
         metadata["class_names"] = _class_names(content, cfg)
         metadata["config"] = _portable(cfg)
@@ -110,7 +120,13 @@ def _local_file(name: str) -> str:
 
     if "://" not in name and not Path(name).is_file():
         raise FileNotFoundError(f"{name} does not exist.")
-    return checkpoint.fetch_weights(name)
+    try:
+        return checkpoint.fetch_weights(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} cannot be fetched: check the address and the network, or download the file "
+            "and give its path."
+        ) from error
 
 
 def _config(args: argparse.Namespace, report: Report, variant: Variant) -> CfgNode | None:

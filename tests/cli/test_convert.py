@@ -208,6 +208,19 @@ def test_a_backbone_needs_no_config_and_carries_none(tmp_path, capsys):
     assert "names of the model are missing: stem.conv1.norm.bias" in err
 
 
+def test_the_config_that_would_fit_is_named(tmp_path, capsys):
+    shapes = files.resnet(18) | files.solov2_head("solo-authors", convs=2, width=256, kernels=128)
+    shapes |= files.mask_features("solo-authors", kernels=128)
+    state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    torch.save(state, tmp_path / "in.pth")
+    err = error_of(
+        capsys,
+        *("--from", "auto", tmp_path / "in.pth", tmp_path / "out.pth"),
+        *("--config", "SOLO/solov2_R_18_FPN_1x"),
+    )
+    assert err.endswith("By its shapes the file is for SOLO/solov2_light_448_R_18_FPN_3x.\n")
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -312,6 +325,7 @@ def test_our_own_files_are_recognised(source, tmp_path, capsys):
             "MODEL.SOLO.NUM_CLASSES 7 was typed, but the file has 80 classes",
         ),
         ("--from auto IN OUT --config SOLO/solo_R_50_FPN_1x", "names of the model are missing"),
+        ("--from auto file:///absent.pth OUT", "file:///absent.pth cannot be fetched"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(source, tmp_path, capsys, typed, message):
