@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from instseg_ext.checkpoint import (
     convert_with_variant,
     model_shapes,
 )
+from instseg_ext.config import find_config
 from instseg_ext.methods.solo.config import add_solo_config
 from instseg_ext.methods.solo.convert import FAMILIES
 
@@ -274,6 +277,34 @@ def test_the_model_of_another_variant_does_not_fit():
 def test_another_family_than_typed_is_named(shapes, typed, owner):
     with pytest.raises(ConversionError, match=f"not those of {typed} .* looks like {owner}"):
         convert(files.tensors(shapes), typed)
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[3] / "docs" / "checkpoints.md"
+
+
+def test_the_page_lists_what_is_recognised():
+    """Configs by family; the schedules that share weights stand in one row."""
+    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines()]
+    listed = {
+        (row[0].strip("`"), config)
+        for row in rows
+        if len(row) == 3
+        for config in re.findall(r"`SOLO/(\w+)`", row[2])
+    }
+    ours = {(family, name) for family, _, name in FLAVOURS}
+    assert {f for f in listed if f not in ours} == {
+        (family, f"{model}_R_50_FPN_1x")
+        for family in (AUTHORS, MMDET)
+        for model in ("solo", "decoupled_solo", "solov2")
+    }
+    # MMDetection publishes fewer models, and nobody SOLOv2's standard head on the smaller ResNets.
+    published = {f for f in ours if f[0] != MMDET and "solov2_R_34" not in f[1]}
+    assert published <= listed
+    for row in rows:
+        if len(row) == 3 and row[2].startswith("`SOLO/"):
+            assert all(find_config(name) for name in re.findall(r"`(SOLO/\w+)`", row[2]))
 
 
 # --- the door ------------------------------------------------------------------------------------
