@@ -71,7 +71,8 @@ def convert_with_variant(
             report,
         )
     variant = found.describe(shapes_of(mapped.weights))
-    report.variant, report.config, report.notes = variant.text, variant.config, variant.notes
+    report.variant, report.notes = variant.text, variant.notes
+    report.config, report.opts = variant.config, variant.opts
     return mapped.weights, report, variant
 
 

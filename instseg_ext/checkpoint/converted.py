@@ -21,11 +21,13 @@ def check_destination(path: str, overwrite: bool = False) -> None:
     """Refuse a destination before long work.
 
     Raises:
-        ValueError: if its suffix is not that of what is written.
+        ValueError: if its suffix is not that of what is written, or it is a folder.
         FileExistsError: if it exists and may not be overwritten.
     """
     if Path(path).suffix != ".pth":
         raise ValueError(f"{path}: converted weights are written as .pth; name the file so.")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; name a file.")
     if Path(path).exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass --overwrite to replace it.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["ConversionError", "Report", "listing", "shorten"]
 
@@ -18,6 +19,7 @@ class Report:
         family: name of the family.
         variant: what was recognised, in words.
         config: name of the config that fits; empty if none does, or for a backbone.
+        opts: ``(key, value, key, value, ...)``, what differs from that config.
         notes: what the weights cannot tell and the user should know.
         mapped: new name by old name.
         dropped: reason by old name. Entries beside the state dict (``optimizer``) are in it, too.
@@ -29,6 +31,7 @@ class Report:
     family: str
     variant: str = ""
     config: str = ""
+    opts: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
     mapped: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -42,7 +45,7 @@ class Report:
         if self.variant:
             lines.append(f"recognised  {self.variant}")
         if self.config:
-            lines.append(f"config      {self.config}")
+            lines.append(f"config      {' '.join(map(str, (self.config, *self.opts)))}")
         lines += [f"note        {note}" for note in self.notes]
         lines.append(f"mapped      {len(self.mapped)}")
         lines.append(f"dropped     {len(self.dropped)}")

@@ -100,8 +100,10 @@ def _convert(args: argparse.Namespace) -> tuple[Report, bool]:
         except checkpoint.ConversionError as error:
             if not args.config or not variant.config:
                 raise
-            hint = f" By its shapes the file is for {variant.config}."
-            raise checkpoint.ConversionError(f"{error}{hint}", report) from error
+            fitting = " ".join(map(str, (variant.config, *variant.opts)))
+            raise checkpoint.ConversionError(
+                f"{error} By its shapes the file is for {fitting}.", report
+            ) from error
     if cfg is not None and not variant.backbone_only:
         metadata["class_names"] = _class_names(content, cfg)
         metadata["config"] = _portable(cfg)
@@ -160,7 +162,7 @@ def _config(args: argparse.Namespace, report: Report, variant: Variant) -> CfgNo
             f"{name} is a config of {method.name}, but {report.family} files hold "
             f"{' or '.join(m.name for m in owners)}."
         )
-    report.config = " ".join(map(str, (name, *implied)))
+    report.config, report.opts = name, implied
     if variant.num_classes is not None and not variant.backbone_only:
         _set_classes(cfg, method, variant.num_classes, typed)
     return cfg

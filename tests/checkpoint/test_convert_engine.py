@@ -181,6 +181,7 @@ def test_the_report_counts_and_lists():
         "toy",
         "a toy",
         "Toys/one",
+        ("MODEL.TOY", True),
         ("mind the gap.",),
         mapped={"toy.a": "a"},
         dropped={"optimizer": "beside the weights", "x": "odd", "y": "odd", "z": "odd"},
@@ -189,7 +190,11 @@ def test_the_report_counts_and_lists():
         mismatched={"s": ((1,), (2,))},
     )
     summary = report.summary()
-    for line in ("family      toy", "config      Toys/one", "note        mind the gap."):
+    for line in (
+        "family      toy",
+        "config      Toys/one MODEL.TOY True",
+        "note        mind the gap.",
+    ):
         assert line in summary
     assert "1 beside the weights: optimizer" in summary
     assert "3 odd: x, y and 1 more" in summary
@@ -254,6 +259,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_converted(str(path), {"a": ONE}, {"family": "toy"}, overwrite=True)
     assert path.read_bytes() == b"precious"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_no_destination(tmp_path):
+    (tmp_path / "x.pth").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        check_destination(str(tmp_path / "x.pth"), overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["x.pkl", "x", "x.safetensors"])

@@ -39,7 +39,9 @@ def source(tmp_path_factory):
         state = files.tensors(files.small_solov2(), device="cpu")
     path = tmp_path_factory.mktemp("foreign") / "epoch_36.pth"
     meta = {"mmdet_version": "1.0", "config": "model = dict()", "epoch": 36}
-    torch.save({"meta": meta, "state_dict": state, "optimizer": {"state": {}}}, path)
+    content = {"meta": meta, "state_dict": state, "optimizer": {"state": {}}}
+    # The format of the years in which the published files were written.
+    torch.save(content, path, _use_new_zipfile_serialization=False)
     return path
 
 

@@ -24,7 +24,7 @@ from instseg_ext.checkpoint import (
     resnet_rules,
 )
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "HeadFacts", "head_facts"]
 
 
 # --- names ---------------------------------------------------------------------------------------

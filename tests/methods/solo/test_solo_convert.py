@@ -212,6 +212,7 @@ def test_models_of_one_schedule_have_no_note():
 def test_the_light_deformable_model_of_mmdetection_is_another_than_the_authors():
     shapes = v2_light_dcn(MMDET, offsets=V2)
     weights, report, variant = convert_with_variant(files.tensors(shapes))
+    assert (report.config, report.opts) == (variant.config, variant.opts)
     cfg = instseg_ext.get_config(variant.config, variant.opts)
     check_fit(weights, model_shapes(cfg), report)
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (448, 768)
