@@ -164,7 +164,10 @@ def _config(args: argparse.Namespace, report: Report, variant: Variant) -> CfgNo
         )
     report.config, report.opts = name, implied
     if variant.num_classes is not None and not variant.backbone_only:
+        before = zoo.class_count(cfg)
         _set_classes(cfg, method, variant.num_classes, typed)
+        if before != variant.num_classes:
+            report.notes += (f"{variant.num_classes} classes instead of the config's {before}.",)
     return cfg
 
 

@@ -141,11 +141,12 @@ def test_the_file_says_what_it_is(source, tmp_path):
         {"dataset_meta": {"classes": ["cell", "nucleus", "debris"]}},
     ],
 )
-def test_a_fine_tuned_file_brings_its_classes(save, tmp_path, meta):
+def test_a_fine_tuned_file_brings_its_classes(save, tmp_path, capsys, meta):
     source = save(files.small_solov2("solo-mmdet", classes=3), meta)
     out = tmp_path / "out.pth"
     assert instseg("--from", "auto", source, out, *SMALL, *OPTS) == 0
     cfg, method = model_of(out)
+    assert "note        3 classes instead of the config's 80." in capsys.readouterr().out
     assert zoo.class_count(cfg) == 3
     assert class_names(cfg) == ["cell", "nucleus", "debris"]
     Predictor(cfg, method)
