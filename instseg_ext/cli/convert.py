@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+    from torch import Tensor
 
     from instseg_ext.checkpoint import Report, Variant
     from instseg_ext.method import Method
@@ -85,25 +86,12 @@ def _convert(args: argparse.Namespace) -> tuple[Report, bool]:
             "MODEL.WEIGHTS."
         )
     weights, report, variant = checkpoint.convert_with_variant(content["model"], args.family)
-    beside = set(content) - {"model", "__author__", "matching_heuristics"}
+    beside = {str(key) for key in content} - {"model", "__author__", "matching_heuristics"}
     report.dropped.update(dict.fromkeys(sorted(beside), "beside the weights"))
     metadata: dict[str, Any] = {"family": report.family, "sha256": checkpoint.sha256_of(source)}
     cfg = _config(args, report, variant)
     if cfg is not None:
-        try:
-            checkpoint.check_fit(
-                weights,
-                checkpoint.model_shapes(cfg),
-                report,
-                backbone_only=variant.backbone_only,
-            )
-        except checkpoint.ConversionError as error:
-            if not args.config or not variant.config:
-                raise
-            fitting = " ".join(map(str, (variant.config, *variant.opts)))
-            raise checkpoint.ConversionError(
-                f"{error} By its shapes the file is for {fitting}.", report
-            ) from error
+        _check_fit(weights, cfg, report, variant)
     if cfg is not None and not variant.backbone_only:
         metadata["class_names"] = _class_names(content, cfg)
         metadata["config"] = _portable(cfg)
@@ -169,6 +157,24 @@ def _config(args: argparse.Namespace, report: Report, variant: Variant) -> CfgNo
         if before != variant.num_classes:
             report.notes += (f"{variant.num_classes} classes instead of the config's {before}.",)
     return cfg
+
+
+def _check_fit(
+    weights: Mapping[str, Tensor], cfg: CfgNode, report: Report, variant: Variant
+) -> None:
+    """Compare the weights with the config's model; name the config that would fit if another."""
+    from instseg_ext import checkpoint
+
+    expected = checkpoint.model_shapes(cfg)
+    try:
+        checkpoint.check_fit(weights, expected, report, backbone_only=variant.backbone_only)
+    except checkpoint.ConversionError as error:
+        fitting = " ".join(map(str, (variant.config, *variant.opts)))
+        if not variant.config or report.config == variant.config:
+            raise
+        raise checkpoint.ConversionError(
+            f"{error} By its shapes the file is for {fitting}.", report
+        ) from error
 
 
 def _set_classes(cfg: CfgNode, method: Method, count: int, typed: frozenset[str]) -> None:
