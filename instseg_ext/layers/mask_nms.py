@@ -10,6 +10,12 @@ __all__ = ["MATRIX_NMS_KERNELS", "mask_intersections", "matrix_nms", "points_nms
 
 MATRIX_NMS_KERNELS = ("gaussian", "linear")
 
+# Float copies of masks on the CPU, at one time: more would leave the caches.
+_CACHE_MB = 8
+
+# Rows of a matrix product that are computed together.
+_ROWS = 128
+
 # Keeps the denominator of the linear kernel away from zero where two masks are equal.
 _TINY = 1e-6
 
@@ -34,15 +40,16 @@ def points_nms(scores: torch.Tensor) -> torch.Tensor:
 def _block_intersections(masks: torch.Tensor, budget_mb: float) -> torch.Tensor:
     """Count common pixels of all pairs of one block; see `mask_intersections`."""
     num, num_pixels = masks.shape
+    if masks.device.type == "cpu":
+        budget_mb = min(budget_mb, _CACHE_MB)
     step = max(1, int(budget_mb * 2**20 / 4) // max(num, 1))
-    if step >= num_pixels:
-        floats = masks.float()
-        return floats @ floats.T
     total = torch.zeros((num, num), device=masks.device)
     for start in range(0, num_pixels, step):
         floats = masks[:, start : start + step].float()
-        total.addmm_(floats, floats.T)
-    return total
+        for row in range(0, num, _ROWS):
+            # The product is symmetric: each strip begins at its diagonal.
+            total[row : row + _ROWS, row:].addmm_(floats[row : row + _ROWS], floats[row:].T)
+    return total.triu() + total.triu(1).T
 
 
 def mask_intersections(

@@ -84,7 +84,7 @@ def count_pixels(masks: Tensor) -> Tensor:
     """Count the pixels of each mask.
 
     Args:
-        masks: (N, H, W) bool.
+        masks: (N, H, W) or (N, H * W) bool.
 
     Returns:
         (N,) int64 on the device of ``masks``.

@@ -25,7 +25,7 @@ from torch import Tensor
 __all__ = ["AxisMap", "ThresholdedResize", "axis_map", "exact_float32_matmul"]
 
 _UNIT_ROUNDOFF = 2.0**-24
-_BLOCK = 256  # output lines per matrix product: keeps the band narrow and the values in cache
+_BLOCK = 128  # output lines per matrix product: keeps the band narrow and the values in cache
 _MAX_MATRIX = 2**25  # elements; a larger axis matrix (128 MiB) is not worth building
 _MAX_RESIZES = 3  # the error bound doubles its tap count with each
 
@@ -210,15 +210,24 @@ class ThresholdedResize:
         left, right = cols.window(*col_span)
         if top == bottom or left == right:
             return True
-        low, high = cols.band(left, right)
-        wide = probs[:, low:high] @ cols.weights[left:right, low:high].t()
+        # Only the input lines that the output sees.
+        first, last = rows.band(top, bottom)
+        wide = torch.empty((last - first, right - left))
+        for start in range(left, right, _BLOCK):
+            end = min(start + _BLOCK, right)
+            low, high = cols.band(start, end)
+            weights = cols.weights[start:end, low:high]
+            torch.mm(
+                probs[first:last, low:high], weights.t(), out=wide[:, start - left : end - left]
+            )
         for start in range(top, bottom, _BLOCK):
             end = min(start + _BLOCK, bottom)
             low, high = rows.band(start, end)
-            value = rows.weights[start:end, low:high] @ wide[low:high]
-            value -= self.threshold
-            torch.gt(value, 0, out=out[start:end, left:right])
-            if value.abs_().amin() <= self._tolerance:
+            value = rows.weights[start:end, low:high] @ wide[low - first : high - first]
+            part = out[start:end, left:right]
+            torch.gt(value, self.threshold + self._tolerance, out=part)
+            # A pixel between the two bounds would differ.
+            if not torch.equal(part, value > self.threshold - self._tolerance):
                 return False
         return True
 

@@ -11,11 +11,26 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from instseg_ext.layers.coord import append_coords
-from instseg_ext.methods.solo.grid_head import MaskSource
 from instseg_ext.methods.solo.location_head import SOLOHead, SOLOOutputs, resize_maps
+from instseg_ext.methods.solo.mask_source import MaskSource
 from instseg_ext.methods.solo.towers import DeformOptions, build_predictor, build_tower
 
 __all__ = ["DecoupledSOLOHead"]
+
+
+class _ProductMasks(MaskSource):
+    """Products of the maps (n, Hm, Wm) of two axes, found by the cells' numbers (C,) in them."""
+
+    def __init__(
+        self, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], size_hw: tuple[int, int]
+    ) -> None:
+        super().__init__(size_hw)
+        self.axes = (x, y)
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return (n, Hm, Wm) probabilities."""
+        x, y = (maps[number[cells]] for maps, number in self.axes)
+        return x * y
 
 
 class DecoupledSOLOHead(SOLOHead):
@@ -129,12 +144,7 @@ class DecoupledSOLOHead(SOLOHead):
             x, y = self._axis_masks(raw, image, level, columns, rows)
             maps_x.append(resize_maps(x, size))
             maps_y.append(resize_maps(y, size))
-        all_x, all_y = torch.cat(maps_x), torch.cat(maps_y)
-
-        def make(chosen: Tensor) -> Tensor:
-            return all_x[x_of[chosen]] * all_y[y_of[chosen]]
-
-        return make
+        return _ProductMasks((torch.cat(maps_x), x_of), (torch.cat(maps_y), y_of), size)
 
     def level_parameters(self) -> list[Tensor]:
         """Return the predictors' parameters."""

@@ -6,7 +6,7 @@ row-major order, K classes, (Hm, Wm) size of the mask map.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from instseg_ext.methods.solo.mask_source import MaskSource
 from instseg_ext.methods.solo.targets import CellTargets
 from instseg_ext.methods.solo.towers import DeformOptions, build_predictor, build_tower
 
-__all__ = ["GridHead", "LevelCells", "MaskSource", "flatten_cells", "resize_to_stride"]
-
-# (n,) int64 cells -> (n, Hm, Wm) float32 probabilities.
-MaskSource = Callable[[Tensor], Tensor]
+__all__ = ["GridHead", "LevelCells", "flatten_cells", "resize_to_stride"]
 
 
 def flatten_cells(levels: Sequence[Tensor]) -> Tensor:
@@ -171,7 +169,7 @@ class GridHead(nn.Module, ABC):
             cells: (U,) int64, all cells whose masks may be asked for.
 
         Returns:
-            A function from some of these cells to their probabilities.
+            What makes the masks of any of them.
         """
 
     @abstractmethod

@@ -3,7 +3,7 @@
 Shape shorthand: see ``grid_head``; E kernel channels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,9 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor
 
 from instseg_ext.layers.coord import append_coords
-from instseg_ext.methods.solo.grid_head import GridHead, MaskSource, flatten_cells
+from instseg_ext.methods.solo.grid_head import GridHead, flatten_cells
 from instseg_ext.methods.solo.mask_features import MaskFeatures
+from instseg_ext.methods.solo.mask_source import MaskSource
 from instseg_ext.methods.solo.targets import CellTargets
 from instseg_ext.methods.solo.towers import DeformOptions, build_predictor, build_tower
 
@@ -31,6 +32,32 @@ class SOLOv2Outputs(NamedTuple):
     category_logits: list[Tensor]
     kernels: list[Tensor]
     mask_features: Tensor
+
+
+class _KernelMasks(MaskSource):
+    """Products of kernels (C, E) and mask features (Hm * Wm, E)."""
+
+    def __init__(self, kernels: Tensor, pixels: Tensor, size_hw: tuple[int, int]) -> None:
+        super().__init__(size_hw)
+        self.kernels, self.pixels = kernels, pixels
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return (n, Hm, Wm) probabilities."""
+        return self._probs(self.kernels[cells], self.pixels).unflatten(1, self.size_hw)
+
+    def pieces(self, cells: Tensor, numel: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield strips of pixels of all masks: the features, the larger factor, are read once."""
+        kernels = self.kernels[cells]
+        # Strips of whole cache lines.
+        step = max(64, numel // max(len(cells), 1) // 64 * 64)
+        for start in range(0, len(self.pixels), step):
+            strip = slice(start, start + step)
+            yield slice(None), strip, self._probs(kernels, self.pixels[strip])
+
+    @staticmethod
+    def _probs(kernels: Tensor, pixels: Tensor) -> Tensor:
+        with torch.autocast(pixels.device.type, enabled=False):
+            return (kernels @ pixels.T).float().sigmoid()
 
 
 class SOLOv2Head(GridHead):
@@ -113,13 +140,7 @@ class SOLOv2Head(GridHead):
         kernels = flatten_cells([level[image : image + 1] for level in raw.kernels])[0]
         # Rows of pixels: no copy of a channels_last map.
         pixels = raw.mask_features[image].permute(1, 2, 0).flatten(0, 1)
-        size = self.map_size(raw)
-
-        def make(chosen: Tensor) -> Tensor:
-            with torch.autocast(pixels.device.type, enabled=False):
-                return (kernels[chosen] @ pixels.T).float().sigmoid_().unflatten(1, size)
-
-        return make
+        return _KernelMasks(kernels, pixels, self.map_size(raw))
 
     def mask_pairs(
         self, raw: SOLOv2Outputs, targets: Sequence[CellTargets]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from instseg_ext.layers.mask_nms import MATRIX_NMS_KERNELS, matrix_nms, points_nms
 from instseg_ext.layers.mask_ops import count_pixels
-from instseg_ext.methods.solo.grid_head import MaskSource
+from instseg_ext.methods.solo.mask_source import MaskSource
 
 __all__ = ["Detections", "InferenceOptions", "category_scores", "detect"]
 
@@ -89,45 +89,39 @@ def category_scores(logits: Sequence[Tensor]) -> Tensor:
 
 
 class _CellMasks:
-    """Masks of the candidate cells: measured in chunks, kept as bool when they fit the budget.
+    """Masks of the candidate cells: measured piece by piece, kept as bool when they fit the budget.
 
     What is not kept is made again for the few cells that matter later.
     """
 
-    # Float maps that exist at once while a chunk is made and measured, one of them spare.
-    _MAPS_PER_CHUNK = 4
-    # A chunk's map: larger ones leave the caches, and memory that the allocator keeps.
-    _CHUNK_BYTES = 2**24
+    # Maps of a piece's size that exist at once while it is made and measured, one of them spare.
+    _MAPS_PER_PIECE = 4
+    # Elements of a piece: larger ones leave the caches, and memory that the allocator keeps.
+    _PIECE = 2**22
 
     def __init__(
-        self,
-        source: MaskSource,
-        cells: Tensor,
-        *,
-        size_hw: tuple[int, int],
-        threshold: float,
-        budget_mb: float,
+        self, source: MaskSource, cells: Tensor, *, threshold: float, budget_mb: float
     ) -> None:
         self.source, self.cells, self.threshold = source, cells, threshold
-        pixels = size_hw[0] * size_hw[1]
+        pixels = source.size_hw[0] * source.size_hw[1]
         half = int(budget_mb * 2**20 / 2)
-        chunk_bytes = min(half // self._MAPS_PER_CHUNK, self._CHUNK_BYTES)
-        self.chunk = max(1, chunk_bytes // (4 * pixels))
+        self.piece = min(half // (4 * self._MAPS_PER_PIECE), self._PIECE)
         fits = len(cells) * pixels <= half
-        self.kept = cells.new_empty((len(cells), *size_hw), dtype=torch.bool) if fits else None
+        self.kept = cells.new_empty((len(cells), pixels), dtype=torch.bool) if fits else None
         self.areas, self.masses = self._measure()
 
     def _measure(self) -> tuple[Tensor, Tensor]:
         """Return pixel count and summed probability of each cell's mask, (U,) float32 each."""
-        areas, masses = [], []
-        for start in range(0, len(self.cells), self.chunk):
-            span = slice(start, start + self.chunk)
-            probs = self.source(self.cells[span])
-            out = None if self.kept is None else self.kept[span]
-            areas.append(count_pixels(torch.gt(probs, self.threshold, out=out)))
+        areas = torch.zeros(len(self.cells), device=self.cells.device)
+        masses = torch.zeros_like(areas)
+        for rows, columns, probs in self.source.pieces(self.cells, self.piece):
+            binary = probs > self.threshold
+            if self.kept is not None:
+                self.kept[rows, columns] = binary
+            areas[rows] += count_pixels(binary)
             # NaN passes: a broken mask gets a NaN score and is dropped.
-            masses.append(F.threshold_(probs, self.threshold, 0.0).flatten(1).sum(dim=1))
-        return torch.cat(areas).float(), torch.cat(masses)
+            masses[rows] += F.threshold_(probs, self.threshold, 0.0).sum(dim=1)
+        return areas, masses
 
     def probs(self, rows: Tensor) -> Tensor:
         """Return the (n, h, w) probabilities of some of the U cells."""
@@ -136,9 +130,12 @@ class _CellMasks:
     def binary(self, rows: Tensor) -> Tensor:
         """Return the (n, h * w) bool masks of some of the U cells."""
         if self.kept is not None:
-            return self.kept[rows].flatten(1)
-        chunks = rows.split(self.chunk)
-        return torch.cat([(self.probs(part) > self.threshold).flatten(1) for part in chunks])
+            return self.kept[rows]
+        pixels = self.source.size_hw[0] * self.source.size_hw[1]
+        masks = self.cells.new_empty((len(rows), pixels), dtype=torch.bool)
+        for some, columns, probs in self.source.pieces(self.cells[rows], self.piece):
+            masks[some, columns] = probs > self.threshold
+        return masks
 
 
 def _best(scores: Tensor, limit: int) -> Tensor:
@@ -179,13 +176,7 @@ def detect(
     if len(cells) == 0:
         return _nothing(scores, classes, cells, size_hw)
     unique, rows = cells.unique(return_inverse=True)
-    masks = _CellMasks(
-        prepare(unique),
-        unique,
-        size_hw=size_hw,
-        threshold=options.mask_thresh,
-        budget_mb=budget_mb,
-    )
+    masks = _CellMasks(prepare(unique), unique, threshold=options.mask_thresh, budget_mb=budget_mb)
     maskness = masks.masses / masks.areas.clamp(min=1)
     scores = scores * maskness[rows]
     keep = (masks.areas > min_areas[unique])[rows] & scores.isfinite()

@@ -16,7 +16,8 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from instseg_ext.layers.coord import append_coords
-from instseg_ext.methods.solo.grid_head import GridHead, MaskSource
+from instseg_ext.methods.solo.grid_head import GridHead
+from instseg_ext.methods.solo.mask_source import MaskSource
 from instseg_ext.methods.solo.targets import CellTargets
 from instseg_ext.methods.solo.towers import DeformOptions, build_predictor, build_tower
 
@@ -110,6 +111,32 @@ class SOLOHead(GridHead):
         return [tower for towers in raw.mask_towers for tower in towers]
 
 
+class _ChannelMasks(MaskSource):
+    """Channels of all levels, predicted when asked for, at the finest level's resolution."""
+
+    def __init__(self, head: SOLOHead, raw: SOLOOutputs, image: int) -> None:
+        super().__init__(head.map_size(raw))
+        self.head, self.raw, self.image = head, raw, image
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        """Return (n, Hm, Wm) probabilities."""
+        parts = [
+            (
+                rows,
+                resize_maps(
+                    self.head.level_masks(self.raw, self.image, level, local), self.size_hw
+                ),
+            )
+            for level, rows, local in self.head.by_level(cells)
+        ]
+        if len(parts) == 1:  # ordinary for a piece of sorted cells
+            return parts[0][1]
+        masks = torch.empty((len(cells), *self.size_hw), device=cells.device)
+        for rows, maps in parts:
+            masks[rows] = maps
+        return masks
+
+
 class VanillaSOLOHead(SOLOHead):
     """One mask channel per cell: channel ``i S + j`` for row i and column j.
 
@@ -161,21 +188,7 @@ class VanillaSOLOHead(SOLOHead):
 
     def mask_source(self, raw: SOLOOutputs, image: int, cells: Tensor) -> MaskSource:
         """Return masks of any of the cells, brought to the finest level's resolution."""
-        size = self.map_size(raw)
-
-        def make(chosen: Tensor) -> Tensor:
-            parts = [
-                (rows, resize_maps(self.level_masks(raw, image, level, local), size))
-                for level, rows, local in self.by_level(chosen)
-            ]
-            if len(parts) == 1:  # ordinary for a chunk of sorted cells
-                return parts[0][1]
-            masks = torch.empty((len(chosen), *size), device=chosen.device)
-            for rows, maps in parts:
-                masks[rows] = maps
-            return masks
-
-        return make
+        return _ChannelMasks(self, raw, image)
 
     def level_parameters(self) -> list[Tensor]:
         """Return the predictors' parameters."""

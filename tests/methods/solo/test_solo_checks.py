@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from methods.solo.mask_table import MaskTable
 from methods.solo.test_solo_inference import loop_oracle
 
 from instseg_ext.evaluation.coco import instances_to_results
@@ -295,12 +296,12 @@ def test_a_mask_must_cover_more_than_its_levels_stride(make_model, kind, monkeyp
     cells = sum(s * s for s in model.grid.num_grids[:level]) + torch.tensor([0, side * side - 1])
     for row, column in ((0, 0), (side - 1, side - 1)):
         raw.category_logits[level][0, 1, row, column] = 5.0
-    masks = torch.zeros(2, 16 * 16)
-    masks[0, :area] = masks[1, 64 : 64 + area + 1] = 1.0
+    masks = torch.zeros(model.grid.num_cells, 16 * 16)
+    masks[cells[0], :area] = masks[cells[1], 64 : 64 + area + 1] = 1.0
 
     def source(raw, image, asked):
         assert asked.tolist() == cells.tolist()
-        return lambda chosen: masks.unflatten(1, (16, 16))[(chosen == cells[1]).long()]
+        return MaskTable(masks.unflatten(1, (16, 16)))
 
     monkeypatch.setattr(model.head, "mask_source", source)
     assert model.detections(raw)[0].cells.tolist() == [cells[1].item()]

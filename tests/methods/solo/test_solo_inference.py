@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.structures import ImageList
+from methods.solo.mask_table import MaskTable
 
 from instseg_ext.layers import mask_nms
 from instseg_ext.methods.solo import inference
@@ -17,7 +18,7 @@ def run(scores, masks, *, area=8.0, budget_mb=256, **options):
     """Detect with a table of masks (C, h, w) and scores (C, K)."""
     return detect(
         scores,
-        lambda _: lambda cells: masks[cells],
+        lambda _: MaskTable(masks),
         min_areas=torch.full((len(masks),), area),
         size_hw=tuple(masks.shape[-2:]),
         options=InferenceOptions(**options),
@@ -71,7 +72,7 @@ def test_against_loop(budget_mb):
     options = InferenceOptions(nms_pre=35, max_detections=12)
     found = detect(
         scores,
-        lambda _: lambda cells: masks[cells, 0],
+        lambda _: MaskTable(masks[:, 0]),
         min_areas=min_areas,
         size_hw=(12, 12),
         options=options,
