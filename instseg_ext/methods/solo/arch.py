@@ -302,6 +302,11 @@ class SOLO(GridSegmenter):
                 "MODEL.SOLO.STRIDES must be multiples of 4 for SOLO, whose masks have half of "
                 f"them and are shrunk by an even number; got {odd[0]}."
             )
+        if cfg.MODEL.SOLO.DEFORM.MASK_FEATURES:
+            raise ValueError(
+                "MODEL.SOLO.DEFORM.MASK_FEATURES must be False for SOLO, which has no mask "
+                "features; MODEL.SOLO.DEFORM.TOWERS makes its towers deformable."
+            )
         if kind == "vanilla":
             return VanillaSOLOHead(input_shape, **grid_options)
         return DecoupledSOLOHead(

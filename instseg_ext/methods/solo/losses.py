@@ -78,11 +78,10 @@ def mask_loss(
     with torch.autocast(branch[0].device.type, enabled=False):
         if count:
             parts = [dice_loss(p, t).sum() for p, t in zip(probs, targets, strict=True)]
-            total = torch.stack(parts).sum()
         else:
-            total = torch.stack([output.float().sum() for output in branch]).sum() * 0
-        if level_parameters:
-            total = total + torch.stack([p.sum() for p in level_parameters]).sum() * 0
+            parts = [output.float().sum() * 0 for output in branch]
+        parts += [parameter.sum() * 0 for parameter in level_parameters]
+        total = torch.stack(parts).sum()
         normalizer = torch.tensor(float(count), device=total.device)
         if across_processes:
             normalizer = mean_over_processes(normalizer)

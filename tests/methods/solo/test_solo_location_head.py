@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 
+import instseg_ext
 from instseg_ext.layers.losses import dice_loss
 from instseg_ext.methods.solo.grid_head import flatten_cells
 
@@ -274,3 +276,21 @@ def test_flattened_categories_and_masks_number_cells_alike(make_head):
     raw = head(pyramid(64, 64, 32))
     scores = flatten_cells(raw.category_logits)
     assert scores.shape[1] == head.masks(raw)[0].shape[0] == 3872
+
+
+def test_solo_refuses_what_only_solov2_has():
+    cfg = instseg_ext.get_config(
+        "SOLO/nuclei_solo_R_18_FPN",
+        ["MODEL.DEVICE", "meta", "MODEL.SOLO.DEFORM.MASK_FEATURES", True],
+    )
+    with pytest.raises(ValueError, match=r"DEFORM\.MASK_FEATURES must be False for SOLO"):
+        build_model(cfg)
+
+
+def test_solo_refuses_strides_that_halve_to_odd_numbers():
+    cfg = instseg_ext.get_config(
+        "SOLO/nuclei_solo_R_18_FPN",
+        ["MODEL.DEVICE", "meta", "MODEL.SOLO.STRIDES", [8, 10, 16, 32]],
+    )
+    with pytest.raises(ValueError, match=r"STRIDES must be multiples of 4 .* got 10"):
+        build_model(cfg)

@@ -75,3 +75,12 @@ def test_global_equals_local_in_one_process():
     probs, targets = masks(3)
     one = mask_loss([probs], [targets], branch=[probs], across_processes=True)
     torch.testing.assert_close(one, mask_loss([probs], [targets], branch=[probs]))
+
+
+def test_parameters_of_idle_levels_join_without_a_share():
+    probs, targets = masks(3)
+    idle = torch.randn(4, requires_grad=True)
+    loss = mask_loss([probs], [targets], branch=[probs], level_parameters=[idle])
+    assert torch.equal(loss, mask_loss([probs], [targets], branch=[probs]))
+    loss.backward()
+    assert idle.grad.tolist() == [0.0] * 4
