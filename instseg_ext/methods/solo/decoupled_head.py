@@ -4,6 +4,7 @@ Shape shorthand: see ``grid_head`` and ``location_head``.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from instseg_ext.layers.coord import append_coords
 from instseg_ext.methods.solo.location_head import SOLOHead, SOLOOutputs, resize_maps
 from instseg_ext.methods.solo.mask_source import MaskSource
-from instseg_ext.methods.solo.towers import DeformOptions, build_predictor, build_tower
+from instseg_ext.methods.solo.towers import build_predictor
 
 __all__ = ["DecoupledSOLOHead"]
 
@@ -43,40 +44,26 @@ class DecoupledSOLOHead(SOLOHead):
         self,
         input_shape: Mapping[str, ShapeSpec],
         *,
-        num_convs: int = 7,
-        width: int = 256,
-        norm: str = "GN",
-        deform: DeformOptions | None = None,
+        width: int,
         shared_tower: bool = False,
-        **grid_options,
+        **grid_options: Any,
     ) -> None:
         """Build the layers and initialise them as the authors do.
 
         Args:
-            input_shape: see the base class, as ``num_convs``, ``width``, ``norm`` and ``deform``.
-            num_convs: see the base class.
-            width: see the base class.
-            norm: see the base class.
-            deform: see the base class.
+            input_shape: see the base class.
+            width: channels of the towers.
             shared_tower: one tower, which sees both coordinates, for columns and rows (the light
                 model); else one tower for each, which sees that coordinate.
             **grid_options: see the base class.
         """
-        deform = deform or DeformOptions()
-        super().__init__(
-            input_shape,
-            num_convs=num_convs,
-            width=width,
-            norm=norm,
-            deform=deform,
-            **grid_options,
-        )
+        super().__init__(input_shape, width=width, **grid_options)
         self.shared_tower = shared_tower
         if shared_tower:
-            self.mask_tower = build_tower(self.in_dim + 2, width, num_convs, norm, deform)
+            self.mask_tower = self.build_tower(self.in_dim + 2)
         else:
-            self.mask_tower_x = build_tower(self.in_dim + 1, width, num_convs, norm, deform)
-            self.mask_tower_y = build_tower(self.in_dim + 1, width, num_convs, norm, deform)
+            self.mask_tower_x = self.build_tower(self.in_dim + 1)
+            self.mask_tower_y = self.build_tower(self.in_dim + 1)
         self.mask_pred_x, self.mask_pred_y = (
             nn.ModuleList(build_predictor(width, side, self.prior_bias) for side in self.num_grids)
             for _ in range(2)

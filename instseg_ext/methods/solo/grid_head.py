@@ -115,10 +115,19 @@ class GridHead(nn.Module, ABC):
         self.finest = input_shape[in_features[0]].stride
         # Logit of the prior: what a predictor's bias starts at.
         self.prior_bias = -math.log((1 - prior_prob) / prior_prob)
-        self.category_tower = build_tower(
-            self.in_dim, width, num_convs, norm, deform or DeformOptions()
-        )
+        self.deform = deform or DeformOptions()
+        self._tower_style = {
+            "width": width,
+            "num_convs": num_convs,
+            "norm": norm,
+            "deform": self.deform,
+        }
+        self.category_tower = self.build_tower(self.in_dim)
         self.category_pred = build_predictor(width, num_classes, self.prior_bias)
+
+    def build_tower(self, in_dim: int) -> nn.Sequential:
+        """Return a new tower in the style of this head, for ``in_dim`` input channels."""
+        return build_tower(in_dim, **self._tower_style)
 
     def level_features(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the feature of each level at its stride, (N, D, Hp / stride, Wp / stride)."""

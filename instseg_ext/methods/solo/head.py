@@ -4,7 +4,7 @@ Shape shorthand: see ``grid_head``; E kernel channels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -15,7 +15,7 @@ from instseg_ext.methods.solo.grid_head import GridHead, flatten_cells
 from instseg_ext.methods.solo.mask_features import MaskFeatures
 from instseg_ext.methods.solo.mask_source import MaskSource
 from instseg_ext.methods.solo.targets import CellTargets
-from instseg_ext.methods.solo.towers import DeformOptions, build_predictor, build_tower
+from instseg_ext.methods.solo.towers import build_predictor
 
 __all__ = ["SOLOv2Head", "SOLOv2Outputs"]
 
@@ -71,40 +71,28 @@ class SOLOv2Head(GridHead):
         self,
         input_shape: Mapping[str, ShapeSpec],
         *,
-        num_convs: int = 4,
-        width: int = 512,
+        width: int,
+        norm: str = "GN",
         kernel_dim: int = 256,
         mask_in_features: Sequence[str] = ("p2", "p3", "p4", "p5"),
         mask_width: int = 128,
-        norm: str = "GN",
-        deform: DeformOptions | None = None,
-        **grid_options,
+        **grid_options: Any,
     ) -> None:
         """Build the layers and initialise them as the authors do.
 
         Args:
             input_shape: channels and stride of every backbone feature; channels must be equal.
-            num_convs: 3x3 convolutions per tower.
             width: channels of the towers.
+            norm: normalisation layer of all convolutions.
             kernel_dim: E.
             mask_in_features: features that make the mask features, finest first.
             mask_width: channels of the mask-feature convolutions before the sum.
-            norm: normalisation layer of all convolutions.
-            deform: deformable convolutions; none by default.
             **grid_options: see the base class.
         """
-        deform = deform or DeformOptions()
-        super().__init__(
-            input_shape,
-            num_convs=num_convs,
-            width=width,
-            norm=norm,
-            deform=deform,
-            **grid_options,
-        )
+        super().__init__(input_shape, width=width, norm=norm, **grid_options)
         self.mask_in_features = tuple(mask_in_features)
         self.mask_stride = input_shape[mask_in_features[0]].stride
-        self.kernel_tower = build_tower(self.in_dim + 2, width, num_convs, norm, deform)
+        self.kernel_tower = self.build_tower(self.in_dim + 2)
         self.kernel_pred = build_predictor(width, kernel_dim, 0.0)
         self.mask_features = MaskFeatures(
             in_dim=self.in_dim,
@@ -112,7 +100,7 @@ class SOLOv2Head(GridHead):
             out_dim=kernel_dim,
             strides=[input_shape[name].stride for name in mask_in_features],
             norm=norm,
-            deform=deform,
+            deform=self.deform,
         )
 
     def forward(self, features: Mapping[str, Tensor]) -> SOLOv2Outputs:

@@ -8,7 +8,7 @@ Shape shorthand: see ``grid_head``; D width of the towers, (h_l, w_l) size of le
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from instseg_ext.layers.coord import append_coords
 from instseg_ext.methods.solo.grid_head import GridHead
 from instseg_ext.methods.solo.mask_source import MaskSource
 from instseg_ext.methods.solo.targets import CellTargets
-from instseg_ext.methods.solo.towers import DeformOptions, build_predictor, build_tower
+from instseg_ext.methods.solo.towers import build_predictor
 
 __all__ = ["SOLOHead", "SOLOOutputs", "VanillaSOLOHead", "doubled", "resize_maps"]
 
@@ -145,26 +145,11 @@ class VanillaSOLOHead(SOLOHead):
     """
 
     def __init__(
-        self,
-        input_shape: Mapping[str, ShapeSpec],
-        *,
-        num_convs: int = 7,
-        width: int = 256,
-        norm: str = "GN",
-        deform: DeformOptions | None = None,
-        **grid_options,
+        self, input_shape: Mapping[str, ShapeSpec], *, width: int, **grid_options: Any
     ) -> None:
         """Build the layers and initialise them as the authors do; see the base class."""
-        deform = deform or DeformOptions()
-        super().__init__(
-            input_shape,
-            num_convs=num_convs,
-            width=width,
-            norm=norm,
-            deform=deform,
-            **grid_options,
-        )
-        self.mask_tower = build_tower(self.in_dim + 2, width, num_convs, norm, deform)
+        super().__init__(input_shape, width=width, **grid_options)
+        self.mask_tower = self.build_tower(self.in_dim + 2)
         self.mask_pred = nn.ModuleList(
             build_predictor(width, side * side, self.prior_bias, kernel_size=1)
             for side in self.num_grids

@@ -53,10 +53,13 @@ def published_grid():
 
 
 HEADS = {
-    "solov2": (SOLOv2Head, {}),
-    "vanilla": (VanillaSOLOHead, {}),
-    "decoupled": (DecoupledSOLOHead, {}),
-    "decoupled_light": (DecoupledSOLOHead, {"shared_tower": True}),
+    "solov2": (SOLOv2Head, {"num_convs": 4, "width": 512}),
+    "vanilla": (VanillaSOLOHead, {"num_convs": 7, "width": 256}),
+    "decoupled": (DecoupledSOLOHead, {"num_convs": 7, "width": 256}),
+    "decoupled_light": (
+        DecoupledSOLOHead,
+        {"num_convs": 4, "width": 256, "shared_tower": True},
+    ),
 }
 
 
@@ -71,8 +74,7 @@ def make_head():
             strides=grid.strides if grid else (8, 8, 16, 32, 32),
             num_grids=grid.num_grids if grid else (40, 36, 24, 16, 12),
             num_classes=num_classes,
-            **fixed,
-            **options,
+            **{**fixed, **options},
         )
 
     return make

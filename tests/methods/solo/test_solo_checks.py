@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
-from methods.solo.mask_table import MaskTable
 from methods.solo.test_solo_inference import loop_oracle
+from methods.solo.toys import MaskTable
 
 from instseg_ext.evaluation.coco import instances_to_results
 from instseg_ext.methods.solo.inference import InferenceOptions

@@ -3,22 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from methods.solo.toys import count_parameters, pyramid
 
 from instseg_ext.methods.solo.grid_head import flatten_cells, resize_to_stride
 from instseg_ext.methods.solo.head import SOLOv2Outputs
 from instseg_ext.methods.solo.mask_features import MaskFeatures
 from instseg_ext.methods.solo.towers import DeformOptions
-
-
-def pyramid(height, width, dim, num=1):
-    sizes = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
-    maps = {name: torch.randn(num, dim, height // s, width // s) for name, s in sizes.items()}
-    maps["p6"] = F.max_pool2d(maps["p5"], 1, 2)
-    return maps
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -37,8 +27,8 @@ def test_shapes_and_parameter_counts(make_head, options, instance, mask):
     assert [tuple(x.shape) for x in raw.category_logits] == [(1, 80, s, s) for s in sides]
     assert [tuple(x.shape) for x in raw.kernels] == [(1, dim, s, s) for s in sides]
     assert tuple(raw.mask_features.shape) == (1, dim, 64, 96)
-    assert count(head.mask_features) == mask
-    assert count(head) - count(head.mask_features) == instance
+    assert count_parameters(head.mask_features) == mask
+    assert count_parameters(head) - count_parameters(head.mask_features) == instance
 
 
 def test_state_dict_names_are_the_documented_ones(make_head):

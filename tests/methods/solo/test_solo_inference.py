@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.structures import ImageList
-from methods.solo.mask_table import MaskTable
+from methods.solo.toys import MaskTable
 
 from instseg_ext.layers import mask_nms
 from instseg_ext.methods.solo import inference
