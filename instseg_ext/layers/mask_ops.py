@@ -17,6 +17,7 @@ from instseg_ext.structures.rle import encode_masks
 
 __all__ = [
     "RLEList",
+    "above",
     "chunk_slices",
     "count_pixels",
     "empty_boxes",
@@ -61,6 +62,25 @@ def _first_and_end(hit: Tensor) -> tuple[Tensor, Tensor]:
     first = hit.argmax(dim=1)
     end = hit.shape[1] - hit.flip(1).argmax(dim=1)
     return first, end
+
+
+def above(values: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
+    """Compare with a threshold.
+
+    Args:
+        values: float, without gradient.
+        threshold: strict lower bound, rounded to the precision of ``values``.
+        out: bool of the same shape, overwritten; a new tensor if None.
+
+    Returns:
+        bool, where ``values`` is strictly greater; NaN is not.
+    """
+    if values.device.type != "cpu" or values.dtype != torch.float32:
+        return torch.gt(values, threshold, out=out)
+    # NumPy is many times faster at this: torch does not vectorise the narrowing to bool.
+    out = torch.empty(values.shape, dtype=torch.bool) if out is None else out
+    np.greater(values.detach().numpy(), np.float32(threshold), out=out.numpy())
+    return out
 
 
 def _add_bytes(words: Tensor, dim: int) -> Tensor:

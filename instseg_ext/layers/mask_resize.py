@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instseg_ext.layers.mask_ops import above
+
 __all__ = ["AxisMap", "ThresholdedResize", "axis_map", "exact_float32_matmul"]
 
 _UNIT_ROUNDOFF = 2.0**-24
@@ -178,7 +180,7 @@ class ThresholdedResize:
         with _one_thread():
             out.zero_()
             # Where every tap is this far below, no rounding lifts the result above the threshold.
-            support = (probs > self.threshold * (1 - 1e-5)).numpy()
+            support = above(probs, self.threshold * (1 - 1e-5)).numpy()
             spans = zip(_spans(support.any(axis=2)), _spans(support.any(axis=1)), strict=True)
             unsure = [i for i, span in enumerate(spans) if not self._try(out[i], probs[i], *span)]
         for i in unsure:
@@ -225,9 +227,10 @@ class ThresholdedResize:
             low, high = rows.band(start, end)
             value = rows.weights[start:end, low:high] @ wide[low - first : high - first]
             part = out[start:end, left:right]
-            torch.gt(value, self.threshold + self._tolerance, out=part)
+            above(value, self.threshold + self._tolerance, out=part)
             # A pixel between the two bounds would differ.
-            if not torch.equal(part, value > self.threshold - self._tolerance):
+            low = above(value, self.threshold - self._tolerance)
+            if not np.array_equal(part.numpy(), low.numpy()):
                 return False
         return True
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from instseg_ext.layers.mask_ops import (
     RLEList,
+    above,
     chunk_slices,
     empty_boxes,
     encode_rle,
@@ -167,7 +168,7 @@ class _MaskMaker:
                     self._step_by_step(probs[i : i + 1], out[i : i + 1])
 
     def _step_by_step(self, probs: Tensor, out: Tensor) -> None:
-        torch.gt(_apply(probs, self._steps), self._threshold, out=out)
+        above(_apply(probs, self._steps), self._threshold, out=out)
 
 
 def iter_masks(

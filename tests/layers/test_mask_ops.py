@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from instseg_ext.layers.mask_ops import count_pixels, mass_centers
+from instseg_ext.layers.mask_ops import above, count_pixels, mass_centers
 
 
 @pytest.mark.parametrize("size", [(200, 336), (3, 3), (8, 8), (2, 4), (1, 2040), (1, 2048), (0, 8)])
@@ -31,3 +31,16 @@ def test_centers_of_nothing():
     y, x, area = mass_centers(torch.zeros(0, 8, 8, dtype=torch.bool))
     assert y.shape == x.shape == area.shape == (0,)
     assert mass_centers(torch.zeros(2, 0, 8, dtype=torch.bool))[2].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_above_is_the_strict_comparison(dtype, threshold):
+    values = torch.rand(5, 7, generator=torch.Generator().manual_seed(2)).to(dtype)
+    values[0, 0], values[1, 1], values[2, 2] = threshold, float("nan"), float("inf")
+    assert torch.equal(above(values, threshold), values > threshold)
+    out = torch.ones(5, 9, dtype=torch.bool)
+    above(values[:, 1:6], threshold, out=out[:, 2:7])
+    assert torch.equal(out[:, 2:7], values[:, 1:6] > threshold)
+    assert out[:, :2].all()
+    assert out[:, 7:].all()

@@ -143,7 +143,7 @@ class GridHead(nn.Module, ABC):
         """Split (n,) int64 cells in [0, C) by their level; levels without any are left out."""
         sizes = torch.tensor([side * side for side in self.num_grids], device=cells.device)
         ends = sizes.cumsum(0)
-        levels = torch.searchsorted(ends, cells, right=True)
+        levels = torch.searchsorted(ends, cells.contiguous(), right=True)
         order = levels.argsort(stable=True)
         starts = (ends - sizes)[levels]
         # One synchronisation for all levels.

@@ -145,4 +145,4 @@ class SOLOv2Head(GridHead):
         """Return where kernel and mask features are finite: infinity times zero is not."""
         kernels = flatten_cells(raw.kernels).isfinite().all(dim=2)
         # Mask features are never negative, so their maximum tells whether all are finite.
-        return kernels & raw.mask_features.flatten(1).amax(dim=1).isfinite()[:, None]
+        return kernels & raw.mask_features.amax(dim=(1, 2, 3)).isfinite()[:, None]

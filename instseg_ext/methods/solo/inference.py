@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instseg_ext.layers.mask_nms import MATRIX_NMS_KERNELS, matrix_nms, points_nms
-from instseg_ext.layers.mask_ops import count_pixels
+from instseg_ext.layers.mask_ops import above, count_pixels
 from instseg_ext.methods.solo.mask_source import MaskSource
 
 __all__ = ["Detections", "InferenceOptions", "category_scores", "detect"]
@@ -115,7 +115,7 @@ class _CellMasks:
         areas = torch.zeros(len(self.cells), device=self.cells.device)
         masses = torch.zeros_like(areas)
         for rows, columns, probs in self.source.pieces(self.cells, self.piece):
-            binary = probs > self.threshold
+            binary = above(probs, self.threshold)
             if self.kept is not None:
                 self.kept[rows, columns] = binary
             areas[rows] += count_pixels(binary)
@@ -134,7 +134,7 @@ class _CellMasks:
         pixels = self.source.size_hw[0] * self.source.size_hw[1]
         masks = self.cells.new_empty((len(rows), pixels), dtype=torch.bool)
         for some, columns, probs in self.source.pieces(self.cells[rows], self.piece):
-            masks[some, columns] = probs > self.threshold
+            masks[some, columns] = above(probs, self.threshold)
         return masks
 
 
