@@ -164,9 +164,13 @@ def tight_boxes(masks: Tensor) -> Tensor:
         return torch.zeros((masks.shape[0], 4), dtype=torch.float32, device=masks.device)
     if masks.device.type == "cpu":
         pixels = masks.numpy()  # many times faster at this than the reductions of torch
-        rows, cols = (torch.from_numpy(pixels.any(axis=axis)) for axis in (2, 1))
-    else:
-        rows, cols = masks.any(dim=2), masks.any(dim=1)
+        rows, cols = pixels.any(axis=2), pixels.any(axis=1)
+        y0, x0 = rows.argmax(axis=1), cols.argmax(axis=1)
+        y1 = rows.shape[1] - rows[:, ::-1].argmax(axis=1)
+        x1 = cols.shape[1] - cols[:, ::-1].argmax(axis=1)
+        boxes = np.stack([x0, y0, x1, y1], axis=1).astype(np.float32)
+        return torch.from_numpy(boxes * rows.any(axis=1, keepdims=True))
+    rows, cols = masks.any(dim=2), masks.any(dim=1)
     y0, y1 = _first_and_end(rows)
     x0, x1 = _first_and_end(cols)
     boxes = torch.stack([x0, y0, x1, y1], dim=1).to(torch.float32)

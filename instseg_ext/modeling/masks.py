@@ -112,8 +112,8 @@ class _MaskMaker:
         self._steps, self._threshold = steps, threshold
         self._resizes = sum(isinstance(step, Resize) for step in steps)
         self._step_bytes = _step_bytes(low_hw, steps)
-        self._size, self._device = _output_size(low_hw, steps), device
-        height, width = self._size
+        self.size, self._device = _output_size(low_hw, steps), device
+        height, width = self.size
         # the result, the copies that encoding and the caller make
         self._plane_bytes = 3 * height * width
         self._low_bytes = 2 * 4 * low_hw[0] * low_hw[1]
@@ -152,7 +152,7 @@ class _MaskMaker:
 
     def planes(self, num: int) -> Tensor:
         """Return (num, H0, W0) bool, not initialised."""
-        return torch.empty((num, *self._size), dtype=torch.bool, device=self._device)
+        return torch.empty((num, *self.size), dtype=torch.bool, device=self._device)
 
     @torch.no_grad()
     def __call__(self, probs: Tensor, out: Tensor) -> None:
@@ -179,6 +179,7 @@ def iter_masks(
     *,
     num: int | None = None,
     reuse: bool = False,
+    into: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield full-image masks in chunks whose working memory stays under a budget.
 
@@ -192,13 +193,15 @@ def iter_masks(
         num: N; needed when ``probs`` is a function.
         reuse: each chunk overwrites the one before. Fresh planes for every chunk, freed among small
             lasting results, would tear the heap into holes that are never given back.
+        into: (N, H0, W0) bool of which the chunks become slices.
 
     Yields:
         ``(slice, masks)`` with ``masks`` (n, H0, W0) bool on the device of the probabilities, in
         order, covering N.
 
     Raises:
-        ValueError: if ``num`` is missing for a function, or a crop exceeds its map.
+        ValueError: if ``num`` is missing for a function, a crop exceeds its map, or ``into`` has
+            another size.
     """
     if isinstance(probs, Tensor):
         num, get = len(probs), probs.__getitem__
@@ -212,13 +215,30 @@ def iter_masks(
     low_hw = (int(first.shape[1]), int(first.shape[2]))
     make = _MaskMaker(low_hw, steps, threshold, num, first.device)
     del first
+    if into is not None:
+        _check_size(make.size, into.shape[1:])
     per_chunk = min(num, make.per_chunk(budget_mb))
-    buffer = make.planes(per_chunk) if reuse else None
+    buffer = make.planes(per_chunk) if reuse and into is None else None
     for index in chunk_slices(num, per_chunk):
         size = index.stop - index.start
-        out = make.planes(size) if buffer is None else buffer[:size]
+        if into is not None:
+            out = into[index]
+        else:
+            out = make.planes(size) if buffer is None else buffer[:size]
         make(get(index), out)
         yield index, out
+
+
+def _check_size(found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Refuse masks that are not of the image's size.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if tuple(found) != tuple(wanted):
+        raise ValueError(
+            f"the mask steps end at {tuple(found)} (height, width) but the image is {tuple(wanted)}"
+        )
 
 
 def collect_masks(
@@ -229,6 +249,7 @@ def collect_masks(
     output: str = "bool",
     device: torch.device | str = "cpu",
     with_boxes: bool = False,
+    stack: Tensor | None = None,
 ) -> tuple[Tensor | RLEList, Tensor | None]:
     """Stack or encode chunks of masks as they come.
 
@@ -239,6 +260,8 @@ def collect_masks(
         output: "bool" for one (num, H0, W0) tensor, "rle" for a list of COCO RLE dictionaries.
         device: where the bool tensor and the boxes live.
         with_boxes: also return the tight box of each mask.
+        stack: (num, H0, W0) bool of which the chunks are slices, for ``output`` "bool"; they are
+            then not copied.
 
     Returns:
         The masks, and (num, 4) float32 boxes or None.
@@ -249,19 +272,15 @@ def collect_masks(
     if output not in ("bool", "rle"):
         raise ValueError(f'INSTSEG.MASK_OUTPUT must be "bool" or "rle", got {output!r}')
     rles, boxes = RLEList(), [empty_boxes(device)]
-    stack = torch.empty(
-        (num if output == "bool" else 0, *image_size), dtype=torch.bool, device=device
-    )
+    in_place = stack is not None
+    if output == "bool" and not in_place:
+        stack = torch.empty((num, *image_size), dtype=torch.bool, device=device)
     for index, masks in chunks:
-        if tuple(masks.shape[1:]) != tuple(image_size):
-            raise ValueError(
-                f"the mask steps end at {tuple(masks.shape[1:])} (height, width) but the image "
-                f"is {tuple(image_size)}"
-            )
+        _check_size(masks.shape[1:], image_size)
         if output == "rle":
             encoded = encode_rle(masks)
             rles.extend(encoded)
-        else:
+        elif not in_place:
             stack[index] = masks.to(device)
         if with_boxes and output == "rle":
             # reading the run lengths is far cheaper than reading the pixels again
@@ -304,9 +323,18 @@ def masks_to_instances(
     """
     num = len(scores)
     image_size = (int(image_size[0]), int(image_size[1]))
-    chunks = iter_masks(probs, steps, threshold, budget_mb, num=num, reuse=True)
+    stack = None
+    if output == "bool":
+        stack = torch.empty((num, *image_size), dtype=torch.bool, device=scores.device)
+    chunks = iter_masks(probs, steps, threshold, budget_mb, num=num, reuse=True, into=stack)
     masks, tight = collect_masks(
-        chunks, num, image_size, output=output, device=scores.device, with_boxes=boxes is None
+        chunks,
+        num,
+        image_size,
+        output=output,
+        device=scores.device,
+        with_boxes=boxes is None,
+        stack=stack,
     )
     result = Instances(image_size)
     result.pred_boxes = Boxes(tight if boxes is None else boxes)
