@@ -31,7 +31,7 @@ class _ProductMasks(MaskSource):
     def __call__(self, cells: Tensor) -> Tensor:
         """Return (n, Hm, Wm) probabilities."""
         x, y = (maps[number[cells]] for maps, number in self.axes)
-        return x * y
+        return x.mul_(y)
 
 
 class DecoupledSOLOHead(SOLOHead):
@@ -82,27 +82,28 @@ class DecoupledSOLOHead(SOLOHead):
         self, raw: SOLOOutputs, image: int, level: int, columns: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Predict some columns and rows of one level: (n, 2 h_l, 2 w_l) float32 each."""
-        # The 3x3 predictors see the doubled map: unlike a 1x1, they do not commute with doubling.
-        towers = [
-            F.interpolate(
-                tower[image : image + 1], scale_factor=2, mode="bilinear", align_corners=False
-            )
-            for tower in raw.mask_towers[level]
-        ]
-        masks = []
-        for tower, predictor, channels in (
-            (towers[0], self.mask_pred_x[level], columns),
-            (towers[-1], self.mask_pred_y[level], rows),
-        ):
-            with torch.autocast(tower.device.type, enabled=False):
-                logits = F.conv2d(
-                    tower,
-                    predictor.weight[channels].to(tower.dtype),
-                    predictor.bias[channels].to(tower.dtype),
-                    padding=1,
-                )[0]
-                masks.append(logits.float().sigmoid())
-        return masks[0], masks[1]
+        chosen = (
+            (self.mask_pred_x[level], columns),
+            (self.mask_pred_y[level], rows),
+        )
+        weights = [predictor.weight[channels] for predictor, channels in chosen]
+        biases = [predictor.bias[channels] for predictor, channels in chosen]
+        towers = [tower[image : image + 1] for tower in raw.mask_towers[level]]
+        if len(towers) == 1:
+            both = self._predict(towers[0], torch.cat(weights), torch.cat(biases))
+            x, y = both.split([len(columns), len(rows)])
+            return x, y
+        x, y = (self._predict(*parts) for parts in zip(towers, weights, biases, strict=True))
+        return x, y
+
+    @staticmethod
+    def _predict(tower: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Map the (1, D, h_l, w_l) output of a tower to (n, 2 h_l, 2 w_l) probabilities."""
+        # The 3x3 predictor sees the doubled map: unlike a 1x1, it does not commute with doubling.
+        tower = F.interpolate(tower, scale_factor=2, mode="bilinear", align_corners=False)
+        with torch.autocast(tower.device.type, enabled=False):
+            logits = F.conv2d(tower, weight.to(tower.dtype), bias.to(tower.dtype), padding=1)
+            return logits[0].float().sigmoid()
 
     def level_masks(self, raw: SOLOOutputs, image: int, level: int, cells: Tensor) -> Tensor:
         """Multiply the cells' columns and rows; see the base class."""
