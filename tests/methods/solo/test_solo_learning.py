@@ -29,6 +29,12 @@ GRIDS = {
     "decoupled_solo": FOUR_LEVELS,
     "decoupled_solo_light": FOUR_LEVELS,
 }
+# A channel of vanilla SOLO learns from the objects of one cell alone: it needs coarser grids and more
+# images to learn, and more repetitions to know four by heart.
+SHAPES = {
+    "solo": ["MODEL.SOLO.NUM_GRIDS", [10, 8, 5, 3], "SOLVER.IMS_PER_BATCH", 8],
+}
+REPETITIONS = {"solo": 600}
 
 
 @pytest.fixture(params=GRIDS)
@@ -67,6 +73,7 @@ def test_three_shapes(variant, tmp_path):
         "INPUT.MIN_SIZE_TEST", 128,
         "INSTSEG.AUGMENTATIONS.ROTATE90", False,
         "INSTSEG.AUGMENTATIONS.VERTICAL_FLIP", False,
+        *SHAPES.get(variant, []),
     )  # fmt: skip
     metrics = mask_metrics(cfg, trainer, "shapes_val")
     assert metrics["AP50"] >= 60, metrics
@@ -127,7 +134,7 @@ def test_four_images_of_many_classes_by_heart(variant, tmp_path):
         "MODEL.SOLO.NUM_CLASSES", 12,
         "DATASETS.TRAIN", (known,),
         "DATASETS.TEST", (),
-        "SOLVER.MAX_ITER", 250,
+        "SOLVER.MAX_ITER", REPETITIONS.get(variant, 250),
         "INPUT.RANDOM_FLIP", "none",
         "INSTSEG.AUGMENTATIONS.ROTATE90", False,
         "INSTSEG.AUGMENTATIONS.VERTICAL_FLIP", False,
