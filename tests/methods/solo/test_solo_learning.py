@@ -29,8 +29,8 @@ GRIDS = {
     "decoupled_solo": FOUR_LEVELS,
     "decoupled_solo_light": FOUR_LEVELS,
 }
-# A channel of vanilla SOLO learns from the objects of one cell alone: it needs coarser grids and more
-# images to learn, and more repetitions to know four by heart.
+# A channel of vanilla SOLO learns from the objects of one cell alone: it needs coarser grids and
+# more images to learn, and more repetitions to know four by heart.
 SHAPES = {
     "solo": ["MODEL.SOLO.NUM_GRIDS", [10, 8, 5, 3], "SOLVER.IMS_PER_BATCH", 8],
 }
