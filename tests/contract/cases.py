@@ -73,6 +73,11 @@ CASES = [
 ]  # fmt: skip
 
 
+def first_of_each_method() -> list[Case]:
+    """Return the first case of every project, for what does not depend on the variant."""
+    return list({case.config.partition("/")[0]: case for case in reversed(CASES)}.values())[::-1]
+
+
 def blobs(height: int, width: int, boxes: list[tuple[int, int, int, int]]) -> dict:
     """Return a training sample: a noisy image with a bright rectangle per (x0, y0, x1, y1)."""
     generator = torch.Generator().manual_seed(height * 1000 + width)

@@ -25,7 +25,7 @@ OPTS = (
     "SOLVER.MAX_ITER", 5,
     "SOLVER.CHECKPOINT_PERIOD", 0,
     "SOLVER.WARMUP_ITERS", 0,
-    "SOLVER.BASE_LR", 0.0005,
+    "SOLVER.BASE_LR", 0.0002,
     "TEST.EVAL_PERIOD", 0,
     "INSTSEG.BEST.METRIC", "",
     "INSTSEG.EMA.ENABLED", False,
@@ -33,6 +33,8 @@ OPTS = (
     "INSTSEG.PRECISION", "fp32",
     # AdamW divides by the gradient's size and turns rounding errors of tiny ones into full steps.
     "INSTSEG.OPTIMIZER", "sgd",
+    # Some cases begin with high scores, whose enormous first losses would magnify rounding errors.
+    "MODEL.SOLO.PRIOR_PROB", 0.01,
     "SEED", 3,
 )  # fmt: skip
 
