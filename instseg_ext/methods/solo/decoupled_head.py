@@ -78,10 +78,18 @@ class DecoupledSOLOHead(SOLOHead):
             self.mask_tower_y(append_coords(feature, axes="y")),
         )
 
-    def _axis_masks(
-        self, raw: SOLOOutputs, image: int, level: int, columns: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Predict some columns and rows of one level: (n, 2 h_l, 2 w_l) float32 each."""
+    def _factors(
+        self, raw: SOLOOutputs, image: int, level: int, cells: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Predict each column and each row of some cells of one level once.
+
+        Returns:
+            For columns and for rows the (n, 2 h_l, 2 w_l) float32 probabilities, and the index of
+            each cell among them.
+        """
+        side = self.num_grids[level]
+        columns, x_of = (cells % side).unique(return_inverse=True)
+        rows, y_of = (cells // side).unique(return_inverse=True)
         chosen = (
             (self.mask_pred_x[level], columns),
             (self.mask_pred_y[level], rows),
@@ -92,9 +100,9 @@ class DecoupledSOLOHead(SOLOHead):
         if len(towers) == 1:
             both = self._predict(towers[0], torch.cat(weights), torch.cat(biases))
             x, y = both.split([len(columns), len(rows)])
-            return x, y
-        x, y = (self._predict(*parts) for parts in zip(towers, weights, biases, strict=True))
-        return x, y
+        else:
+            x, y = (self._predict(*parts) for parts in zip(towers, weights, biases, strict=True))
+        return (x, x_of), (y, y_of)
 
     @staticmethod
     def _predict(tower: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -107,10 +115,7 @@ class DecoupledSOLOHead(SOLOHead):
 
     def level_masks(self, raw: SOLOOutputs, image: int, level: int, cells: Tensor) -> Tensor:
         """Multiply the cells' columns and rows; see the base class."""
-        side = self.num_grids[level]
-        columns, x_of = (cells % side).unique(return_inverse=True)
-        rows, y_of = (cells // side).unique(return_inverse=True)
-        x, y = self._axis_masks(raw, image, level, columns, rows)
+        (x, x_of), (y, y_of) = self._factors(raw, image, level, cells)
         return x[x_of] * y[y_of]
 
     def mask_source(self, raw: SOLOOutputs, image: int, cells: Tensor) -> MaskSource:
@@ -124,12 +129,9 @@ class DecoupledSOLOHead(SOLOHead):
         y_of = x_of.clone()
         maps_x, maps_y = ([torch.empty((0, *size), device=cells.device)] for _ in range(2))
         for level, positions, local in self.by_level(cells):
-            side = self.num_grids[level]
-            columns, of_column = (local % side).unique(return_inverse=True)
-            rows, of_row = (local // side).unique(return_inverse=True)
+            (x, of_column), (y, of_row) = self._factors(raw, image, level, local)
             x_of[cells[positions]] = of_column + sum(len(m) for m in maps_x)
             y_of[cells[positions]] = of_row + sum(len(m) for m in maps_y)
-            x, y = self._axis_masks(raw, image, level, columns, rows)
             maps_x.append(resize_maps(x, size))
             maps_y.append(resize_maps(y, size))
         return _ProductMasks((torch.cat(maps_x), x_of), (torch.cat(maps_y), y_of), size)
