@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from instseg_ext.config import check_choice, resolve_precision
+from instseg_ext.layers.folded_conv import fold_norms
 
 __all__ = ["RuntimeMixin", "RuntimeOptions"]
 
@@ -64,13 +65,14 @@ class RuntimeMixin:
     loss_normalizer: str
 
     def init_runtime(self, options: RuntimeOptions) -> None:
-        """Store the options and lay out the parameters; call it at the end of ``__init__``."""
+        """Store the options and lay out the layers; call it at the end of ``__init__``."""
         self.memory_format = _FORMATS[options.memory_format]
         self._dtype = _DTYPES[options.precision]
         self.mask_output = options.mask_output
         self.mask_budget_mb = options.mask_budget_mb
         self.loss_normalizer = options.loss_normalizer
         self.to(memory_format=self.memory_format)
+        fold_norms(self)
 
     def precision(self) -> AbstractContextManager:
         """Return the context under which backbone and head run, also outside ``forward``."""
