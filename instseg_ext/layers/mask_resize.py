@@ -2,9 +2,9 @@
 
 A chain of bilinear resizes and top-left crops is linear and separable: ``out = R @ probs @ C.T``
 with one sparse, banded matrix per axis. ``ThresholdedResize`` applies both to the part of the map
-that can exceed the threshold, block by block. Rounding differs from the step-by-step path by a
-known bound; a mask with a pixel closer to the threshold than that bound is made step by step, so
-that every result is bit-equal.
+that can exceed the threshold, block by block. Rounding differs from that of the single steps by a
+known bound: pixels closer to the threshold than the bound count as not above it, all others are
+those of the single steps.
 
 Shapes: h x w low-resolution map, H x W output.
 """
@@ -12,7 +12,7 @@ Shapes: h x w low-resolution map, H x W output.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -130,17 +130,15 @@ def exact_float32_matmul() -> bool:
 
 
 class ThresholdedResize:
-    """Make bool masks from low-resolution probabilities, bit-equal to the steps done one by one."""
+    """Make bool masks from low-resolution probabilities by one product per axis.
 
-    def __init__(
-        self,
-        rows: AxisMap,
-        cols: AxisMap,
-        *,
-        num_resizes: int,
-        threshold: float,
-        step_by_step: Callable[[Tensor, Tensor], None],
-    ) -> None:
+    Attributes:
+        tolerance: how far above the threshold a value must be: the most by which its rounding and
+            that of the single steps can differ. A value that is the threshold itself, as all of
+            a map of one half are, is therefore never above it.
+    """
+
+    def __init__(self, rows: AxisMap, cols: AxisMap, *, num_resizes: int, threshold: float) -> None:
         """Keep the maps and derive the error bound.
 
         Args:
@@ -148,19 +146,13 @@ class ThresholdedResize:
             cols: map of the second axis.
             num_resizes: resizes in the chain.
             threshold: strict lower bound of a mask pixel, positive.
-            step_by_step: writes the masks of (1, h, w) float32 into (1, H, W) bool: the definition
-                of the result.
         """
         self.rows, self.cols, self.threshold = rows, cols, threshold
-        self._step_by_step = step_by_step
-        # Smooth maps blown up 20 times have pixels near the threshold in every mask: after some
-        # failures the attempt is no longer made.
-        self._tried = self._failed = 0
-        # Relative to the value, all terms being non-negative: four roundings per step-by-step
+        # Relative to the value, all terms being non-negative: four roundings per single
         # resize; here one for each of the 2**n taps and one for the product along each axis, one
         # for each composed weight. Half as much again for good measure.
         roundings = 4 * num_resizes + 2 * (2**num_resizes + 1) + 2
-        self._tolerance = 1.5 * roundings * _UNIT_ROUNDOFF * threshold
+        self.tolerance = 1.5 * roundings * _UNIT_ROUNDOFF * threshold
 
     @staticmethod
     def applicable(probs: Tensor, num_resizes: int, threshold: float) -> bool:
@@ -182,36 +174,19 @@ class ThresholdedResize:
             # Where every tap is this far below, no rounding lifts the result above the threshold.
             support = above(probs, self.threshold * (1 - 1e-5)).numpy()
             spans = zip(_spans(support.any(axis=2)), _spans(support.any(axis=1)), strict=True)
-            unsure = [i for i, span in enumerate(spans) if not self._try(out[i], probs[i], *span)]
-        for i in unsure:
-            self._step_by_step(probs[i : i + 1], out[i : i + 1])
-
-    def _try(
-        self, out: Tensor, probs: Tensor, row_span: tuple[int, int], col_span: tuple[int, int]
-    ) -> bool:
-        """Write one mask into ``out``, which is zero; False when it has to be made step by step."""
-        if row_span[0] == row_span[1]:
-            return True
-        self._tried += 1
-        hopeless = self._failed > max(4, self._tried // 3)
-        if not hopeless and self._fill(out, probs, row_span, col_span):
-            return True
-        self._failed += 1
-        return False
+            for mask, values, (row_span, col_span) in zip(out, probs, spans, strict=True):
+                if row_span[0] < row_span[1]:
+                    self._fill(mask, values, row_span, col_span)
 
     def _fill(
-        self,
-        out: Tensor,
-        probs: Tensor,
-        row_span: tuple[int, int],
-        col_span: tuple[int, int],
-    ) -> bool:
-        """Write one mask into ``out``; False when a pixel is too close to the threshold."""
+        self, out: Tensor, probs: Tensor, row_span: tuple[int, int], col_span: tuple[int, int]
+    ) -> None:
+        """Write one mask into ``out``, which is zero."""
         rows, cols = self.rows, self.cols
         top, bottom = rows.window(*row_span)
         left, right = cols.window(*col_span)
         if top == bottom or left == right:
-            return True
+            return
         # Only the input lines that the output sees.
         first, last = rows.band(top, bottom)
         wide = torch.empty((last - first, right - left))
@@ -226,13 +201,7 @@ class ThresholdedResize:
             end = min(start + _BLOCK, bottom)
             low, high = rows.band(start, end)
             value = rows.weights[start:end, low:high] @ wide[low - first : high - first]
-            part = out[start:end, left:right]
-            above(value, self.threshold + self._tolerance, out=part)
-            # A pixel between the two bounds would differ.
-            low = above(value, self.threshold - self._tolerance)
-            if not np.array_equal(part.numpy(), low.numpy()):
-                return False
-        return True
+            above(value, self.threshold + self.tolerance, out=out[start:end, left:right])
 
 
 def _spans(hit: np.ndarray) -> list[tuple[int, int]]:

@@ -56,7 +56,6 @@ class Crop:
 
 
 Step = Resize | Crop
-_FEWEST_FOR_MAPS = 3  # for fewer masks, composing the axis maps costs more than it saves
 Probs = Tensor | Callable[[slice], Tensor]
 
 
@@ -99,14 +98,13 @@ def _step_bytes(low_hw: tuple[int, int], steps: Sequence[Step]) -> int:
 
 
 class _MaskMaker:
-    """Float maps to full-image bool masks, by the fastest way that gives the same bits."""
+    """Float maps to full-image bool masks, by the fastest way."""
 
     def __init__(
         self,
         low_hw: tuple[int, int],
         steps: Sequence[Step],
         threshold: float,
-        num: int,
         device: torch.device,
     ) -> None:
         self._steps, self._threshold = steps, threshold
@@ -118,7 +116,7 @@ class _MaskMaker:
         self._plane_bytes = 3 * height * width
         self._low_bytes = 2 * 4 * low_hw[0] * low_hw[1]
         self._fast = None
-        if device.type == "cpu" and num >= _FEWEST_FOR_MAPS and exact_float32_matmul():
+        if device.type == "cpu" and exact_float32_matmul():
             self._fast = self._build_fast(low_hw)
 
     def _build_fast(self, low_hw: tuple[int, int]) -> ThresholdedResize | None:
@@ -134,19 +132,14 @@ class _MaskMaker:
         ]
         if None in maps:
             return None
-        return ThresholdedResize(
-            *maps,
-            num_resizes=self._resizes,
-            threshold=self._threshold,
-            step_by_step=self._step_by_step,
-        )
+        return ThresholdedResize(*maps, num_resizes=self._resizes, threshold=self._threshold)
 
     def per_chunk(self, budget_mb: float) -> int:
         """Return how many masks to make at once."""
         if self._fast is None:
             return masks_per_chunk(self._step_bytes + self._plane_bytes, budget_mb)
-        # float maps exist for one mask at a time, when it has to be made step by step
-        # and larger chunks would not be made faster
+        # Float maps exist for one mask at a time, when the values are no probabilities and it
+        # is made step by step; larger chunks would not be made faster.
         spare_mb = (budget_mb - self._step_bytes / 2**20) / 4
         return masks_per_chunk(self._low_bytes + self._plane_bytes, spare_mb)
 
@@ -213,7 +206,7 @@ def iter_masks(
         return
     first = get(slice(0, 1))
     low_hw = (int(first.shape[1]), int(first.shape[2]))
-    make = _MaskMaker(low_hw, steps, threshold, num, first.device)
+    make = _MaskMaker(low_hw, steps, threshold, first.device)
     del first
     if into is not None:
         _check_size(make.size, into.shape[1:])
