@@ -30,7 +30,8 @@ class _ProductMasks(MaskSource):
 
     def __call__(self, cells: Tensor) -> Tensor:
         """Return (n, Hm, Wm) probabilities."""
-        x, y = (maps[number[cells]] for maps, number in self.axes)
+        # On the CPU index_select is three times as fast as indexing.
+        x, y = (maps.index_select(0, number[cells]) for maps, number in self.axes)
         return x.mul_(y)
 
 

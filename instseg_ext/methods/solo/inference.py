@@ -97,7 +97,7 @@ class _CellMasks:
     # Maps of a piece's size that exist at once while it is made and measured, one of them spare.
     _MAPS_PER_PIECE = 4
     # Elements of a piece: larger ones leave the caches, and memory that the allocator keeps.
-    _PIECE = 2**22
+    _PIECE = 2**21
 
     def __init__(
         self, source: MaskSource, cells: Tensor, *, threshold: float, budget_mb: float
