@@ -42,7 +42,7 @@ def test_every_test_id_of_the_status_page_exists():
 def test_no_line_of_the_status_page_is_vague():
     for line in (ROOT / "docs" / "status.md").read_text().splitlines():
         if line.startswith("| ") and not line.startswith("| promise"):
-            assert line.split(" | ")[1].startswith(("done: ", "open")), line
+            assert line.split(" | ")[1].startswith(("done: ", "not reached: ", "open")), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
