@@ -9,14 +9,36 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import move_device_like
-from detectron2.modeling import Backbone, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from instseg_ext.layers.stretch import stretch
 from instseg_ext.modeling.runtime import RuntimeMixin, RuntimeOptions
 
-__all__ = ["DenseInstanceSegmenter", "dense_arguments", "output_size"]
+__all__ = [
+    "DenseInstanceSegmenter",
+    "dense_arguments",
+    "output_size",
+    "register_meta_architecture",
+]
+
+
+def register_meta_architecture(cls: type) -> type:
+    """Register a meta-architecture under its class name.
+
+    Raises:
+        RuntimeError: if another package has taken the name.
+    """
+    name = cls.__name__
+    if name in META_ARCH_REGISTRY:
+        other = META_ARCH_REGISTRY.get(name).__module__.split(".")[0]
+        raise RuntimeError(
+            f"The meta-architecture name {name!r} is registered by both {other!r} and "
+            f"{cls.__module__.split('.')[0]!r}; import only one of the two packages in a process."
+        )
+    META_ARCH_REGISTRY.register(cls)
+    return cls
 
 
 def dense_arguments(cfg: CfgNode) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.modeling import Backbone
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
@@ -24,28 +24,16 @@ from instseg_ext.methods.solo.location_head import VanillaSOLOHead
 from instseg_ext.methods.solo.losses import category_loss, mask_loss
 from instseg_ext.methods.solo.targets import CellGrid, CellTargets, make_targets
 from instseg_ext.methods.solo.towers import DeformOptions
-from instseg_ext.modeling.dense import DenseInstanceSegmenter, dense_arguments, output_size
+from instseg_ext.modeling.dense import (
+    DenseInstanceSegmenter,
+    dense_arguments,
+    output_size,
+    register_meta_architecture,
+)
 from instseg_ext.modeling.masks import Crop, Resize, masks_to_instances
 from instseg_ext.modeling.runtime import RuntimeOptions
 
-__all__ = ["SOLO", "GridSegmenter", "LossOptions", "SOLOv2", "register_meta_architecture"]
-
-
-def register_meta_architecture(cls: type) -> type:
-    """Register a meta-architecture under its class name.
-
-    Raises:
-        RuntimeError: if another package has taken the name.
-    """
-    name = cls.__name__
-    if name in META_ARCH_REGISTRY:
-        other = META_ARCH_REGISTRY.get(name).__module__.split(".")[0]
-        raise RuntimeError(
-            f"The meta-architecture name {name!r} is registered by both {other!r} and "
-            f"{cls.__module__.split('.')[0]!r}; import only one of the two packages in a process."
-        )
-    META_ARCH_REGISTRY.register(cls)
-    return cls
+__all__ = ["SOLO", "GridSegmenter", "LossOptions", "SOLOv2"]
 
 
 @dataclass(frozen=True)

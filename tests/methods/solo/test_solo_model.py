@@ -7,7 +7,8 @@ import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from instseg_ext.methods.solo.arch import SOLOv2, register_meta_architecture
+from instseg_ext.methods.solo.arch import SOLOv2
+from instseg_ext.modeling.dense import register_meta_architecture
 from instseg_ext.modeling.runtime import RuntimeOptions
 
 RECTANGLE = (8, 8, 40, 36, 1)
