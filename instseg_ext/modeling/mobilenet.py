@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from instseg_ext.config import check_choice
+from instseg_ext.modeling.staged import StagedBackbone, check_out_features, stages_up_to
 
 __all__ = ["InvertedResidual", "MobileNetV2", "build_mobilenetv2_backbone"]
 
@@ -96,7 +96,7 @@ class InvertedResidual(CNNBlockBase):
         return x + out if self.adds_input else out
 
 
-class MobileNetV2(Backbone):
+class MobileNetV2(StagedBackbone):
     """A strided 3x3 stem and seven stages of inverted residual blocks.
 
     Features are named ``stage1`` to ``stage7``; their strides are 2, 4, 8, 16, 16, 32, 32 and, at
@@ -119,17 +119,14 @@ class MobileNetV2(Backbone):
         out_features: Sequence[str] = ("stage3", "stage4", "stage6"),
         freeze_at: int = 0,
     ) -> None:
-        super().__init__()
-        built = STAGES[: max(STAGES.index(name) for name in out_features) + 1]
-        self._out_features = [name for name in built if name in out_features]
-        self._out_feature_channels = {}
-        self._out_feature_strides = {}
+        super().__init__(out_features)
         channels = scaled_channels(_STEM_CHANNELS, multiplier)
         total_stride = 2
         self.stem = nn.Sequential()
         self.stem.add_module(
             "conv1", _conv(in_channels, channels, norm=norm, kernel_size=3, stride=2)
         )
+        built = stages_up_to(STAGES, out_features)
         for name, (expansion, base, blocks, stride) in zip(built, _SETTINGS, strict=False):
             stage = nn.Sequential()
             for i in range(blocks):
@@ -142,34 +139,9 @@ class MobileNetV2(Backbone):
                 )
                 stage.append(block)
                 channels = block.out_channels
-            self.add_module(name, stage)
             total_stride *= stride
-            self._out_feature_channels[name] = channels
-            self._out_feature_strides[name] = total_stride
-        self._freeze(freeze_at)
-
-    def _freeze(self, freeze_at: int) -> None:
-        for part in ("stem", *self._out_feature_strides)[:freeze_at]:
-            module = self.get_submodule(part).requires_grad_(False)
-            # Also stops the running statistics, which requires_grad does not.
-            self.add_module(part, FrozenBatchNorm2d.convert_frozen_batchnorm(module))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the features of an image batch.
-
-        Args:
-            x: (N, C, H, W).
-
-        Returns:
-            The wanted features by name, each (N, channels, H / stride, W / stride), rounded up.
-        """
-        features = {}
-        x = self.stem(x)
-        for name in self._out_feature_strides:
-            x = self.get_submodule(name)(x)
-            if name in self._out_features:
-                features[name] = x
-        return features
+            self.add_stage(name, stage, channels=channels, stride=total_stride)
+        self.freeze_parts(freeze_at)
 
 
 @BACKBONE_REGISTRY.register()
@@ -180,12 +152,10 @@ def build_mobilenetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MobileNe
         ValueError: if ``MODEL.MOBILENET.OUT_FEATURES`` is empty or names an unknown feature.
     """
     node = cfg.MODEL.MOBILENET
-    for name in node.OUT_FEATURES or [""]:
-        check_choice("MODEL.MOBILENET.OUT_FEATURES", name, STAGES)
     return MobileNetV2(
         in_channels=input_shape.channels,
         multiplier=node.WIDTH_MULTIPLIER,
         norm=node.NORM,
-        out_features=node.OUT_FEATURES,
+        out_features=check_out_features("MODEL.MOBILENET.OUT_FEATURES", node.OUT_FEATURES, STAGES),
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )

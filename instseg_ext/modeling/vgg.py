@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from fvcore.nn import weight_init
 from torch import Tensor
 from torch.nn import functional as F
 
-from instseg_ext.config import check_choice
+from instseg_ext.modeling.staged import check_out_features, freeze, stages_up_to
 
 __all__ = ["VGG", "build_vgg16_backbone"]
 
@@ -52,8 +52,8 @@ class VGG(Backbone):
         freeze_at: int = 0,
     ) -> None:
         super().__init__()
-        last = max(STAGES.index(name) for name in out_features)
-        self.convs_per_stage = tuple(convs_per_stage[: last + 1])
+        built = stages_up_to(STAGES, out_features)
+        self.convs_per_stage = tuple(convs_per_stage[: len(built)])
         self.ceil_mode = ceil_mode
         for stage, convs in enumerate(self.convs_per_stage):
             channels = width * _WIDENING[stage]
@@ -68,11 +68,9 @@ class VGG(Backbone):
                 )
                 weight_init.c2_msra_fill(conv)
                 if stage < freeze_at:
-                    conv.requires_grad_(False)
-                    conv = FrozenBatchNorm2d.convert_frozen_batchnorm(conv)
+                    freeze(conv)
                 self.add_module(f"{STAGES[stage]}_{i}", conv)
                 in_channels = channels
-        built = STAGES[: last + 1]
         self._out_features = [name for name in built if name in out_features]
         self._out_feature_channels = dict(zip(built, (width * w for w in _WIDENING), strict=False))
         self._out_feature_strides = {name: 2**stage for stage, name in enumerate(built)}
@@ -106,13 +104,11 @@ def build_vgg16_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VGG:
         ValueError: if ``MODEL.VGG.OUT_FEATURES`` is empty or names an unknown feature.
     """
     node = cfg.MODEL.VGG
-    for name in node.OUT_FEATURES or [""]:
-        check_choice("MODEL.VGG.OUT_FEATURES", name, STAGES)
     return VGG(
         in_channels=input_shape.channels,
         width=node.WIDTH,
         norm=node.NORM,
         ceil_mode=node.CEIL_MODE,
-        out_features=node.OUT_FEATURES,
+        out_features=check_out_features("MODEL.VGG.OUT_FEATURES", node.OUT_FEATURES, STAGES),
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
