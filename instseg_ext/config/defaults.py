@@ -117,3 +117,18 @@ def _add_backbone_config(cfg: CfgNode) -> None:
     _C.MODEL.MOBILENET.NORM = "FrozenBN"
     # Multiplies all channel counts (alpha in the paper); weights are published for 1.0.
     _C.MODEL.MOBILENET.WIDTH_MULTIPLIER = 1.0
+
+    # build_darknet53_backbone. MODEL.BACKBONE.FREEZE_AT 1 keeps the stem, 2 also stage1, ...
+    _C.MODEL.DARKNET = CfgNode()
+    # Of stage1 to stage5 (strides 2, 4, 8, 16, 32).
+    _C.MODEL.DARKNET.OUT_FEATURES = ["stage3", "stage4", "stage5"]
+    # BN, FrozenBN, SyncBN, GN, or "" for none.
+    _C.MODEL.DARKNET.NORM = "BN"
+    # Channels of the stem; the stages have 2, 4, 8, 16 and 32 times as many.
+    _C.MODEL.DARKNET.WIDTH = 32
+
+    # build_instseg_resnet_*backbone. In the stages that MODEL.RESNETS.DEFORM_ON_PER_STAGE turns on,
+    # the blocks whose index, from 0, is a multiple of this are deformable.
+    _C.MODEL.RESNETS.DEFORM_INTERVAL = 1
+    # A learned bias on the deformable convolutions, as in YOLACT++, although a norm follows.
+    _C.MODEL.RESNETS.DEFORM_BIAS = False

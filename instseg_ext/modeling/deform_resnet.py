@@ -1,8 +1,9 @@
 """ResNet backbones whose deformable stages work on every device.
 
 detectron2's own builders cannot make deformable stages without its compiled operators and cannot
-train them on a CPU. The builders here take the same config keys and give the same parameter names;
-without deformable stages they return what detectron2's builders return.
+train them on a CPU. The builders here take the same config keys and two more (which blocks of a
+stage, and a bias) and give the same parameter names; without deformable stages they return what
+detectron2's builders return.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ class DeformBottleneckBlock(CNNBlockBase):
     ``conv2``, ``conv3``, ``shortcut``. The offsets start at zero.
     """
 
-    def __init__(self, plain: BottleneckBlock, *, modulated: bool, deformable_groups: int) -> None:
+    def __init__(
+        self, plain: BottleneckBlock, *, modulated: bool, deformable_groups: int, bias: bool = False
+    ) -> None:
         """Take over the layers of ``plain``, which must not be used afterwards.
 
         Args:
             plain: its convolutions, norms, initial values and frozen state are kept.
             modulated: deformable convolution v2.
             deformable_groups: groups of channels with offsets of their own.
+            bias: whether the deformable convolution has a bias beside its norm, zero at the start.
         """
         super().__init__(plain.in_channels, plain.out_channels, plain.stride)
         self.modulated = modulated
@@ -70,12 +74,14 @@ class DeformBottleneckBlock(CNNBlockBase):
             dilation=old.dilation,
             groups=old.groups,
             deformable_groups=deformable_groups,
+            bias=bias,
             norm=old.norm,
         )
         self.conv2.weight = old.weight
         self.conv3 = plain.conv3
         if not old.weight.requires_grad:
             self.conv2_offset.requires_grad_(False)
+            self.conv2.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C_out, H / stride, W / stride)."""
@@ -87,23 +93,31 @@ class DeformBottleneckBlock(CNNBlockBase):
 
 
 def make_stages_deformable(
-    bottom_up: ResNet, on_per_stage: Sequence[bool], *, modulated: bool, deformable_groups: int
+    bottom_up: ResNet,
+    on_per_stage: Sequence[bool],
+    *,
+    modulated: bool,
+    deformable_groups: int,
+    interval: int = 1,
+    bias: bool = False,
 ) -> None:
-    """Replace, in place, the blocks of the chosen stages.
+    """Replace, in place, blocks of the chosen stages.
 
     Args:
         bottom_up: a ResNet of bottleneck blocks.
         on_per_stage: for res2, res3, res4, res5; stages the model lacks are passed over.
         modulated: deformable convolution v2.
         deformable_groups: groups of channels with offsets of their own.
+        interval: of a stage's blocks, those whose index is a multiple of it are replaced.
+        bias: see ``DeformBottleneckBlock``.
     """
     for name, on in zip(("res2", "res3", "res4", "res5"), on_per_stage, strict=True):
         stage = getattr(bottom_up, name, None)
         if not on or stage is None:
             continue
-        for i, block in enumerate(stage):
+        for i in range(0, len(stage), interval):
             stage[i] = DeformBottleneckBlock(
-                block, modulated=modulated, deformable_groups=deformable_groups
+                stage[i], modulated=modulated, deformable_groups=deformable_groups, bias=bias
             )
 
 
@@ -123,6 +137,10 @@ def _build(
             f"MODEL.RESNETS.RES2_OUT_CHANNELS must be 64 for DEPTH {node.DEPTH}, not "
             f"{node.RES2_OUT_CHANNELS}"
         )
+    if node.DEFORM_INTERVAL < 1:
+        raise ValueError(
+            f"MODEL.RESNETS.DEFORM_INTERVAL must be at least 1, not {node.DEFORM_INTERVAL}"
+        )
     if not any(on_per_stage):
         return plain_builder(cfg, input_shape)
     if node.DEPTH < 50:
@@ -139,6 +157,8 @@ def _build(
         on_per_stage,
         modulated=node.DEFORM_MODULATED,
         deformable_groups=node.DEFORM_NUM_GROUPS,
+        interval=node.DEFORM_INTERVAL,
+        bias=node.DEFORM_BIAS,
     )
     return backbone
 
