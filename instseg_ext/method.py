@@ -32,7 +32,8 @@ class Method:
             command that wants lower scores lowers them; it never raises them, since that would
             change the suppression.
         build_mapper: ``(cfg, is_train) -> mapper``; ``None`` means the shared mapper.
-        evaluator_hints: options for the evaluator, such as ``{"segm_score_field": "mask_scores"}``.
+        evaluator_hints: from a config to options for the evaluator, such as
+            ``{"segm_score_field": "mask_scores"}``.
         converters: families of foreign checkpoints that hold this method's models; the zoo
             registers them.
         export_wrapper: what export traces; ``None`` means the method has no export.
@@ -47,7 +48,7 @@ class Method:
     class_count_keys: tuple[str, ...] = ()
     score_threshold_keys: tuple[str, ...] = ()
     build_mapper: Callable[[Any, bool], Callable[[dict], dict | None]] | None = None
-    evaluator_hints: Mapping[str, object] = field(default_factory=dict)
+    evaluator_hints: Callable[[Any], Mapping[str, object]] = lambda cfg: {}
     converters: tuple[NamedFamily, ...] = ()
     export_wrapper: Callable | None = None
     figures: Mapping[str, Callable] = field(default_factory=dict)

@@ -130,7 +130,7 @@ class _Prediction:
 
         self.args = args
         self.predictor = predictor
-        self.hints = method.evaluator_hints
+        self.hints = method.evaluator_hints(predictor.cfg)
         self.names = predictor.names
         self.images: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []

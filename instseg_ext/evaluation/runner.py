@@ -80,7 +80,7 @@ def evaluate(
         evaluator = build_evaluator(
             cfg,
             name,
-            method.evaluator_hints,
+            method.evaluator_hints(cfg),
             folder / "inference" / name,
             seen_images_only=limit is not None,
         )

@@ -104,7 +104,7 @@ def _common_length(low: Tensor, high: Tensor) -> Tensor:
 def _survivors(boxes: Tensor, threshold: float) -> Tensor:
     """Tell which of (..., m, 4) boxes, sorted by falling score, overlap no better one too much.
 
-    Boxes that are suppressed suppress others, too: that is what makes this NMS fast (Sec. 4).
+    Boxes that are suppressed suppress others, too: that is what makes this NMS fast (Sec. 5).
     """
     overlap = _pairwise_iou(boxes).triu_(diagonal=1)
     return overlap.amax(dim=-2) <= threshold
