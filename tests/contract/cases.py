@@ -17,6 +17,13 @@ TINY_RESNET = [
 ]  # fmt: skip
 
 TINY_SOLO = ("MODEL.SOLO.CONV_DIM", 32, "MODEL.SOLO.NUM_CONVS", 1)
+# Fresh scores are near 1 / (K + 1) = 1 / 2.
+TINY_YOLACT = (
+    "MODEL.YOLACT.WIDTH", 32,
+    "MODEL.YOLACT.NUM_PROTOS", 8,
+    "INSTSEG.STRETCH", [64, 64],
+    "INPUT.MIN_SIZE_TEST", 0,
+)  # fmt: skip
 # Fresh masks of the first SOLO are at the prior everywhere: put them above the mask threshold, also
 # as a product of two, and the scores below theirs.
 FULL_MASKS = (*TINY_SOLO, "MODEL.SOLO.PRIOR_PROB", 0.8, "MODEL.SOLO.SCORE_THRESH", 0.99)
@@ -55,6 +62,12 @@ CASES = [
     Case("Decoupled", "SOLO/nuclei_decoupled_solo_R_18_FPN", FULL_MASKS, sees_padding=True),
     Case(
         "DecoupledLight", "SOLO/nuclei_decoupled_solo_light_R_18_FPN", FULL_MASKS, sees_padding=True
+    ),
+    Case("YOLACT", "YOLACT/nuclei_yolact_R_18", TINY_YOLACT),
+    Case(
+        "YOLACT++",
+        "YOLACT/nuclei_yolact_R_18",
+        (*TINY_YOLACT, "MODEL.YOLACT.MASK_IOU.ENABLED", True),
     ),
     Case(
         "MaskRCNN",
