@@ -28,3 +28,21 @@ def add_data_config(cfg: CfgNode) -> None:
     _C.AUGMENTATIONS.ROTATE90 = False
     # Flip upside down with probability 1/2, beside the flip of INPUT.RANDOM_FLIP.
     _C.AUGMENTATIONS.VERTICAL_FLIP = False
+
+    # Colour changes, canvas and crop of single-shot detectors, part of YOLACT's recipe. Images
+    # become float32 and are not clipped to [0, 255]. The flip is INPUT.RANDOM_FLIP; INPUT.CROP
+    # would crop once more.
+    _C.AUGMENTATIONS.SSD = CfgNode()
+    _C.AUGMENTATIONS.SSD.ENABLED = False
+    # Each with probability 1/2: brightness +-32 grey levels, contrast and saturation times 0.5 to
+    # 1.5, hue +-18 degrees. Needs INPUT.FORMAT RGB or BGR.
+    _C.AUGMENTATIONS.SSD.PHOTOMETRIC = True
+    # With probability 1/2 the image is laid on a canvas of 1 to this many times its width and
+    # height, which makes objects smaller; 1.0 = off. The largest canvas takes
+    # 12 bytes * EXPAND_RATIO ** 2 per pixel of the image in each loading process.
+    _C.AUGMENTATIONS.SSD.EXPAND_RATIO = 4.0
+    # Value of the canvas for each channel, in the order of INPUT.FORMAT; [] = MODEL.PIXEL_MEAN.
+    _C.AUGMENTATIONS.SSD.EXPAND_FILL = []
+    # With probability 5/6 a window of 0.3 to 1 of each side, height / width 0.5 to 2, that holds
+    # the centre of at least one object that is no crowd. Objects centred outside are dropped.
+    _C.AUGMENTATIONS.SSD.CROP = True

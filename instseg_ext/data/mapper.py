@@ -10,12 +10,23 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
+from pycocotools import mask as mask_util
 
-from instseg_ext.data.augmentation import augmentation_kwargs, build_augmentations
-from instseg_ext.data.segmentation import decode_masks, rasterise_polygons
+from instseg_ext.data.augmentation import (
+    InstanceInput,
+    augmentation_kwargs,
+    build_augmentations,
+)
+from instseg_ext.data.segmentation import compress_rle, decode_masks, rasterise_polygons
 
-__all__ = ["InstSegDatasetMapper", "build_mapper", "read_image", "transform_masks"]
+__all__ = [
+    "InstSegDatasetMapper",
+    "annotation_boxes",
+    "build_mapper",
+    "read_image",
+    "transform_masks",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +36,8 @@ class InstSegDatasetMapper:
 
     Polygons are transformed as polygons and then drawn; run-length masks are resampled to the
     nearest pixel. Boxes are tight around the transformed masks. Instances whose mask is empty after
-    the augmentation are dropped, crowds as well unless ``keep_crowd``.
+    the augmentation are dropped, crowds as well unless ``keep_crowd``. Augmentations see the
+    annotations' boxes, see :class:`instseg_ext.data.augmentation.InstanceInput`.
     """
 
     @configurable
@@ -68,9 +80,9 @@ class InstSegDatasetMapper:
 
         Returns:
             the dictionary without ``annotations``, with ``image`` (C, H, W) uint8, or float32 after
-            a stretch, and in training ``instances`` with ``gt_boxes``, ``gt_classes`` (M,) int64
-            and ``gt_masks`` (BitMasks, M x H x W), where M may be 0. A subclass may return None to
-            have the image replaced by another one.
+            a stretch or ``INSTSEG.AUGMENTATIONS.SSD``, and in training ``instances`` with
+            ``gt_boxes``, ``gt_classes`` (M,) int64 and ``gt_masks`` (BitMasks, M x H x W), where M
+            may be 0. A subclass may return None to have the image replaced by another one.
 
         Raises:
             FileNotFoundError: if the image is missing.
@@ -80,15 +92,26 @@ class InstSegDatasetMapper:
         annotations = dataset_dict.pop("annotations", None)
         image = read_image(dataset_dict, self.image_format)
         source_hw = image.shape[:2]
-        aug_input = T.AugInput(image)
+        usable = self.usable(annotations or []) if self.is_train else []
+        crowd = np.array([bool(a.get("iscrowd", 0)) for a in usable], dtype=bool)
+        aug_input = InstanceInput(image, annotation_boxes(usable), crowd)
         transforms = self.augmentations(aug_input)
         image = aug_input.image
         dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         if self.is_train and annotations is not None:
+            left = [usable[i] for i in aug_input.index]
             dataset_dict["instances"] = self.make_instances(
-                annotations, transforms, source_hw, image.shape[:2]
+                left, transforms, source_hw, image.shape[:2]
             )
         return dataset_dict
+
+    def usable(self, annotations: list[dict]) -> list[dict]:
+        """Return the annotations that can become instances; the list given is not modified."""
+        return [
+            a
+            for a in annotations
+            if a.get("segmentation") and (self.keep_crowd or not a.get("iscrowd", 0))
+        ]
 
     def make_instances(
         self,
@@ -100,7 +123,7 @@ class InstSegDatasetMapper:
         """Transform the annotations of one image.
 
         Args:
-            annotations: of one image; not modified.
+            annotations: the usable ones of one image; not modified.
             transforms: what happened to the image.
             source_hw: size of the image file.
             size_hw: size of the transformed image.
@@ -108,22 +131,34 @@ class InstSegDatasetMapper:
         Returns:
             instances of size ``size_hw``; empty ones have all fields with correct types.
         """
-        usable = [
-            a
-            for a in annotations
-            if a.get("segmentation") and (self.keep_crowd or not a.get("iscrowd", 0))
-        ]
-        masks = transform_masks([a["segmentation"] for a in usable], transforms, source_hw, size_hw)
-        boxes, keep = mask_boxes(masks)
-        classes = torch.tensor([int(a["category_id"]) for a in usable], dtype=torch.int64)
+        masks = transform_masks(
+            [a["segmentation"] for a in annotations], transforms, source_hw, size_hw
+        )
+        boxes, keep = self.boxes(annotations, masks, transforms)
+        classes = torch.tensor([int(a["category_id"]) for a in annotations], dtype=torch.int64)
         instances = Instances(tuple(size_hw))
         instances.gt_boxes = Boxes(boxes[keep])
         instances.gt_classes = classes[keep]
         instances.gt_masks = BitMasks(masks[keep])
         if self.keep_crowd:
-            crowd = torch.tensor([bool(a.get("iscrowd", 0)) for a in usable], dtype=torch.bool)
+            crowd = torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool)
             instances.gt_is_crowd = crowd[keep]
         return instances
+
+    def boxes(
+        self, annotations: list[dict], masks: torch.Tensor, transforms: T.TransformList
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the boxes of instances, and which instances stay.
+
+        Args:
+            annotations: M annotations.
+            masks: (M, H, W) bool, transformed.
+            transforms: what happened to the image.
+
+        Returns:
+            (M, 4) float32, XYXY in pixels of the masks; and (M,) bool.
+        """
+        return mask_boxes(masks)
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict], dict | None]:
@@ -166,6 +201,28 @@ def read_image(dataset_dict: dict, image_format: str) -> np.ndarray:
     return np.array(image)
 
 
+def annotation_boxes(annotations: Sequence[dict]) -> np.ndarray:
+    """Return the boxes of annotations.
+
+    Args:
+        annotations: N of one image. Where there is no ``bbox`` with a ``bbox_mode`` of XYXY_ABS or
+            XYWH_ABS, the box of the segmentation (polygons or RLE) is taken.
+
+    Returns:
+        (N, 4) float64, XYXY in pixels of the image file.
+    """
+    boxes = np.zeros((len(annotations), 4))
+    has_size = np.zeros(len(annotations), dtype=bool)
+    for row, annotation in enumerate(annotations):
+        mode = annotation.get("bbox_mode")
+        if "bbox" in annotation and mode in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+            boxes[row], has_size[row] = annotation["bbox"], mode == BoxMode.XYWH_ABS
+        else:
+            boxes[row] = _segmentation_box(annotation["segmentation"])
+    boxes[has_size, 2:] += boxes[has_size, :2]
+    return boxes
+
+
 def transform_masks(
     segmentations: Sequence[list | dict | np.ndarray],
     transforms: T.TransformList,
@@ -194,6 +251,15 @@ def transform_masks(
         source = decode_masks([segmentations[i] for i in rasters], source_hw)
         masks[rasters] = _resample(source, transforms)
     return torch.from_numpy(masks)
+
+
+def _segmentation_box(segmentation: list | dict) -> list[float]:
+    """Return the XYXY box of polygons or an RLE dictionary."""
+    if isinstance(segmentation, dict):
+        x, y, width, height = mask_util.toBbox(compress_rle(segmentation))
+        return [x, y, x + width, y + height]
+    points = np.concatenate([np.reshape(part, (-1, 2)) for part in segmentation])
+    return [*points.min(axis=0), *points.max(axis=0)]
 
 
 def _transform_polygons(
