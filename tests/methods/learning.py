@@ -1,4 +1,4 @@
-"""What every method has to learn: three shapes on unseen images, four of twelve classes by heart."""
+"""What every method has to learn: three shapes on unseen images, four images by heart."""
 
 import json
 
