@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "add_parser", "run"]
 
 # Written out, because the help must not import what registers them.
-FAMILIES = ("auto", "adelaidet", "detectron2", "solo-authors", "solo-mmdet", "torchvision")
+FAMILIES = (
+    "auto",
+    "adelaidet",
+    "detectron2",
+    "solo-authors",
+    "solo-mmdet",
+    "torchvision",
+    "yolact",
+    "yolact-edge",
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
