@@ -4,9 +4,9 @@ Shape shorthand: N images, P anchors, K foreground classes (background is the la
 channels), G objects of an image, M positive anchors, n of them whose masks are compared, k
 prototypes of h x w.
 
-All losses are sums, divided by a ``normalizer`` that the caller counts: the positive anchors of the
-batch, at least 1. Nothing here is weighted, everything is float32, and without a positive anchor
-every loss is 0 and still connected to what it is computed from.
+All losses but the semantic one are sums over the batch, divided by a ``normalizer`` that the caller
+counts: its positive anchors, at least 1. Without a positive anchor they are 0 and still connected
+to what they are computed from. Nothing here is weighted, and everything is float32.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def class_loss(
     selected = positive | _hardest(
         logits.detach(), labels == background, neg_pos_ratio * positive.sum(dim=1)
     )
-    # Only these rows take part in the graph: about a hundredth of all.
+    # Only these rows, a few percent of all, take part in the graph.
     total = F.cross_entropy(logits[selected].float(), labels[selected], reduction="sum")
     return total / normalizer
 
