@@ -30,11 +30,11 @@ LAYERS = {
     "data": 2,
     "evaluation": 2,
     "checkpoint": 2,
+    "visualization": 2,
     "methods": 3,
     "zoo": 4,
     "engine": 4,
     "export": 4,
-    "visualization": 4,
     "cli": 5,
     "doctor": 5,
 }

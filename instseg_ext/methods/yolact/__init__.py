@@ -6,6 +6,9 @@ from instseg_ext.method import Method
 from instseg_ext.methods.yolact import arch as _arch  # noqa: F401  registers the meta-architecture
 from instseg_ext.methods.yolact import fpn as _fpn  # noqa: F401  registers the backbone
 from instseg_ext.methods.yolact.config import add_yolact_config
+from instseg_ext.methods.yolact.convert import FAMILIES
+from instseg_ext.methods.yolact.figures import draw_prototypes
+from instseg_ext.methods.yolact.mapper import build_yolact_mapper
 
 __all__ = ["METHOD"]
 
@@ -21,5 +24,8 @@ METHOD = Method(
     meta_architectures=("YOLACT",),
     class_count_keys=("MODEL.YOLACT.NUM_CLASSES",),
     score_threshold_keys=("MODEL.YOLACT.SCORE_THRESH",),
+    build_mapper=build_yolact_mapper,
     evaluator_hints=_evaluator_hints,
+    converters=FAMILIES,
+    figures={"prototypes": draw_prototypes},
 )
