@@ -45,6 +45,8 @@ def config(name, data, output, opts=()):
 
     case = next(case for case in CASES if case.name == name)
     cfg = case.cfg(*OPTS, "OUTPUT_DIR", str(output), *opts)
+    if any(cfg.INSTSEG.STRETCH):
+        cfg.INPUT.MIN_SIZE_TRAIN = (0,)
     json_file, images = Path(data) / "annotations.json", Path(data) / "images"
     cfg.INSTSEG.DATASETS = [{"NAME": "toy", "JSON": str(json_file), "IMAGES": str(images)}]
     cfg.INSTSEG.CLASS_NAMES = ["disc", "square"]
