@@ -13,6 +13,7 @@ TINY_RESNET = [
     "MODEL.DEVICE", "cpu",
     "MODEL.WEIGHTS", "",
     "MODEL.FPN.OUT_CHANNELS", 32,
+    "INPUT.MIN_SIZE_TRAIN", (64,),
     "INPUT.MIN_SIZE_TEST", 64,
 ]  # fmt: skip
 
@@ -22,6 +23,7 @@ TINY_YOLACT = (
     "MODEL.YOLACT.WIDTH", 32,
     "MODEL.YOLACT.NUM_PROTOS", 8,
     "INSTSEG.STRETCH", [64, 64],
+    "INPUT.MIN_SIZE_TRAIN", (0,),
     "INPUT.MIN_SIZE_TEST", 0,
 )  # fmt: skip
 # Fresh masks of the first SOLO are at the prior everywhere: put them above the mask threshold, also

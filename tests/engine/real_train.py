@@ -16,7 +16,6 @@ from instseg_ext.engine import Trainer, launch
 OPTS = (
     "MODEL.RESNETS.NORM", "GN",
     "MODEL.FPN.NORM", "GN",
-    "INPUT.MIN_SIZE_TRAIN", (64,),
     "INPUT.CROP.ENABLED", False,
     "INSTSEG.AUGMENTATIONS.ROTATE90", False,
     "DATALOADER.NUM_WORKERS", 0,
@@ -45,8 +44,6 @@ def config(name, data, output, opts=()):
 
     case = next(case for case in CASES if case.name == name)
     cfg = case.cfg(*OPTS, "OUTPUT_DIR", str(output), *opts)
-    if any(cfg.INSTSEG.STRETCH):
-        cfg.INPUT.MIN_SIZE_TRAIN = (0,)
     json_file, images = Path(data) / "annotations.json", Path(data) / "images"
     cfg.INSTSEG.DATASETS = [{"NAME": "toy", "JSON": str(json_file), "IMAGES": str(images)}]
     cfg.INSTSEG.CLASS_NAMES = ["disc", "square"]

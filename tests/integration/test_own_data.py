@@ -41,7 +41,7 @@ def run(request, shapes, tmp_path_factory):
     """The output folder of a dry run of 3 iterations."""
     case, output = request.param, tmp_path_factory.mktemp("run")
     argv = ["--config-file", case.config, "--dry-run", *own_data(shapes), *tiny(case, output)]
-    assert train.main([*argv, "SOLVER.MAX_ITER", "3", "INPUT.MIN_SIZE_TRAIN", "(64,)"]) == 0
+    assert train.main([*argv, "SOLVER.MAX_ITER", "3"]) == 0
     return case, output
 
 

@@ -14,7 +14,7 @@ from instseg_ext.engine import Trainer
 def test_pictures_reach_tensorboard(case, tmp_path):
     cfg = case.cfg(
         "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", 3, "VIS_PERIOD", 2, "DATASETS.TEST", (),
-        "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "INPUT.MIN_SIZE_TRAIN", (64,),
+        "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2,
     )  # fmt: skip
     trainer = Trainer(cfg, zoo.method_of(cfg))
     trainer.train()
