@@ -24,10 +24,9 @@ def sized(side, width):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("scoring", [False, True], ids=["YOLACT", "YOLACT++"])
-def test_three_shapes(scoring, tmp_path):
-    opts = [*sized(128, 128), "MODEL.YOLACT.NUM_CLASSES", 3]
-    opts += ["MODEL.YOLACT.MASK_IOU.ENABLED", scoring]
+def test_three_shapes(tmp_path):
+    # With mask scoring: all that YOLACT has is in it, and boxes and masks rank by different scores.
+    opts = [*sized(128, 128), "MODEL.YOLACT.NUM_CLASSES", 3, "MODEL.YOLACT.MASK_IOU.ENABLED", True]
     metrics = three_shapes(CONFIG, tmp_path, opts)
     assert metrics["AP50"] >= 60, metrics
 
