@@ -20,21 +20,28 @@ class FoldedConv2d(Conv2d):
 
     That is in eval mode without gradients, outside tracing and compilation, and without hooks on
     the norm. Otherwise, and in its parameters and their names, it is detectron2's layer. The folded
-    weights are kept until a parameter or a statistic changes or the layer is trained.
+    weights are kept until a parameter or a statistic changes, ``train`` or ``eval`` is called, or a
+    forward pass cannot use them.
+
+    Note:
+        Changes that PyTorch does not count, those through ``.data``, show after the next call of
+        ``eval``, with which detectron2's and our evaluation begins.
     """
 
     _folded: tuple[tuple, Tensor, Tensor] | None = None
 
     def train(self, mode: bool = True) -> FoldedConv2d:
-        """Set the mode; forget the folded weights when training begins."""
-        if mode:
-            self._folded = None
+        """Set the mode, for ``eval`` as well, and forget the folded weights."""
+        self._folded = None
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the normalised and activated (N, C_out, H', W')."""
         sources = self._sources()
         if not self._can_fold(sources):
+            # Training may be the reason, and fused optimisers and norms do not count their changes.
+            if self._folded is not None:
+                self._folded = None
             return super().forward(x)
         # In-place changes raise the version, replacement changes the place.
         state = tuple((t.data_ptr(), t._version, t.dtype) for t in sources)

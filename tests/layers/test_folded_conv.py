@@ -69,11 +69,26 @@ def test_follows_every_change_of_its_tensors():
         layer(x)
         layer.eval()
 
+    def trained_in_eval_mode(layer):
+        with torch.enable_grad():
+            layer(x).sum().backward()
+        torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+
+    def norm_alone_trained(layer):
+        layer.norm.train()
+        layer(x)
+        layer.norm.eval()
+
+    def behind_the_back(layer):
+        layer.weight.data.mul_(2)
+        layer.eval()
+
     def widened(layer):
         layer.double()
 
+    changes = (in_place, loaded, replaced, trained, trained_in_eval_mode, norm_alone_trained)
     with torch.no_grad():
-        for change in (in_place, loaded, replaced, trained, widened):
+        for change in (*changes, behind_the_back, widened):
             before = folding(x.to(folding.weight.dtype))
             change(plain), change(folding)
             y = x.to(folding.weight.dtype)
