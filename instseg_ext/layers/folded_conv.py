@@ -37,11 +37,12 @@ class FoldedConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the normalised and activated (N, C_out, H', W')."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return super().forward(x)
         sources = self._sources()
         if not self._can_fold(sources):
             # Training may be the reason, and fused optimisers and norms do not count their changes.
-            if self._folded is not None:
-                self._folded = None
+            self._folded = None
             return super().forward(x)
         # In-place changes raise the version, replacement changes the place.
         state = tuple((t.data_ptr(), t._version, t.dtype) for t in sources)
@@ -72,8 +73,6 @@ class FoldedConv2d(Conv2d):
             or torch.is_grad_enabled()
             or norm._forward_hooks
             or norm._forward_pre_hooks
-            or torch.jit.is_tracing()
-            or torch.compiler.is_compiling()
             # Tensors made in inference mode do not tell when they are changed.
             or any(t.is_inference() for t in sources)
         )
