@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 __all__ = ["FoldedConv2d", "fold_norms"]
 
+_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)
+
 
 class FoldedConv2d(Conv2d):
     """detectron2's convolution with a batch norm, in one step where nothing but the result counts.
@@ -37,7 +39,8 @@ class FoldedConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the normalised and activated (N, C_out, H', W')."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        replaced = not isinstance(self.norm, _NORMS)  # by whoever prepares the model for something
+        if replaced or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return super().forward(x)
         sources = self._sources()
         if not self._can_fold(sources):
@@ -100,5 +103,5 @@ def fold_norms(model: nn.Module) -> None:
     Parameters and state dict stay as they are. Subclasses of the layer are left alone.
     """
     for module in model.modules():
-        if type(module) is Conv2d and isinstance(module.norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+        if type(module) is Conv2d and isinstance(module.norm, _NORMS):
             module.__class__ = FoldedConv2d

@@ -127,6 +127,15 @@ def test_inference_mode_and_tracing():
         assert torch.equal(traced(x), plain(x))
 
 
+def test_another_norm_may_take_the_place():
+    _, folding = layers(nn.BatchNorm2d(6))
+    folding.norm = nn.Identity()
+    x = torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        expected = nn.functional.conv2d(x, folding.weight, None, 2, 1).relu()
+        assert torch.equal(folding(x), expected)
+
+
 def test_other_layers_are_left_alone():
     class Own(Conv2d):
         pass
