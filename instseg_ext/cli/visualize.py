@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``instseg visualize``."""
-    parser = subparsers.add_parser("visualize", help="draw training data or predictions")
+    parser = subparsers.add_parser("visualize", help="draw training data, predictions, figures")
     parser.add_argument(
         "kind",
         help="data (what the network sees after augmentation), predictions (truth beside "
-        "prediction, worst images first), or a figure of the method",
+        "prediction, worst images first), or a figure of the method (YOLACT: prototypes)",
     )
     common.add_config_arguments(parser)
     add = parser.add_argument

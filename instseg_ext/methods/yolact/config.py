@@ -45,9 +45,10 @@ def add_yolact_config(cfg: CN) -> None:
     _C.MODEL.YOLACT.SQUARE_ANCHORS = True
 
     # ---- matching ----
-    # Anchors that overlap an object at least this much are positive, ...
+    # Anchors that overlap an object at least this much are positive; so is one anchor per object,
+    # whatever their overlap.
     _C.MODEL.YOLACT.POS_IOU = 0.5
-    # ... less than this are background, and neutral in between.
+    # Anchors that overlap all objects less than this are background; those in between are neutral.
     _C.MODEL.YOLACT.NEG_IOU = 0.4
     # Anchors that are not positive and lie in a crowd by more than this part of their area are
     # neutral.
@@ -61,10 +62,15 @@ def add_yolact_config(cfg: CN) -> None:
     _C.MODEL.YOLACT.NEG_POS_RATIO = 3
     # Positive anchors per image whose masks are trained; a random choice where there are more.
     _C.MODEL.YOLACT.MASKS_TO_TRAIN = 100
+    # Weight of the class loss.
     _C.MODEL.YOLACT.LOSS_WEIGHT_CLS = 1.0
+    # Weight of the box loss.
     _C.MODEL.YOLACT.LOSS_WEIGHT_BOX = 1.5
+    # Weight of the mask loss.
     _C.MODEL.YOLACT.LOSS_WEIGHT_MASK = 6.125
+    # Weight of the semantic loss, which exists in training only.
     _C.MODEL.YOLACT.LOSS_WEIGHT_SEMANTIC = 1.0
+    # Weight of the loss of the predicted mask IoU.
     _C.MODEL.YOLACT.LOSS_WEIGHT_MASK_IOU = 25.0
 
     # ---- inference ----
