@@ -332,8 +332,11 @@ class YOLACT(DenseInstanceSegmenter):
     ) -> Instances:
         """Make the masks of one image's detections and bring them to the size of the image."""
         height, width = size_hw
-        boxes = Boxes(found.boxes * found.boxes.new_tensor([width, height, width, height]))
-        boxes.clip(size_hw)
+        # Cut before they are scaled: finite boxes stay finite, and ``Boxes.clip`` would check that
+        # at the price of a wait for the device.
+        boxes = Boxes(
+            found.boxes.clamp(0, 1) * found.boxes.new_tensor([width, height, width, height])
+        )
         inside = boxes.nonempty()
         # Masks are cut with the box as predicted, not as clipped.
         masks = cropped_masks(prototypes, found.coefficients[inside], found.boxes[inside])

@@ -133,6 +133,15 @@ def test_boxes_are_clipped_and_boxes_outside_are_dropped(model):
     assert (found.pred_boxes.tensor[:, 2] > found.pred_boxes.tensor[:, 0]).all()
 
 
+def test_a_box_of_almost_infinite_width_is_clipped(model):
+    raw = raw_of(model, [(10, 1, 5.0, [0.25, 0.3, 0.6, 0.8], [1.0, 0.0])], constant(30.0))
+    raw.box_deltas[0, 10, 2] = 440.0  # e ** 88: finite, but not when scaled to 80 pixels
+    found = infer(model, raw)
+    best = found[found.scores > 0.5]
+    expected = torch.tensor([[0.0, 0.3 * 48, 80.0, 0.8 * 48]])
+    torch.testing.assert_close(best.pred_boxes.tensor, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_no_candidate_gives_no_instance(model, scoring_model):
     for each in (model, scoring_model):
         found = infer(each, raw_of(each, [], constant(1.0)))
