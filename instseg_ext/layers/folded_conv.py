@@ -7,6 +7,9 @@ on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -36,6 +39,17 @@ class FoldedConv2d(Conv2d):
         """Set the mode, for ``eval`` as well, and forget the folded weights."""
         self._folded = None
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedConv2d:
+        """Move or convert the layer; folded weights would keep the memory it leaves."""
+        self._folded = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and files have; folded weights would double them."""
+        state = self.__dict__.copy()
+        state.pop("_folded", None)
+        return state
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the normalised and activated (N, C_out, H', W')."""

@@ -1,6 +1,7 @@
 """Convolution and batch norm in one step against the two steps."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -106,6 +107,26 @@ def test_training_and_gradients_take_the_two_steps():
     assert folding._folded is None
     assert torch.equal(folding.weight.grad, plain.weight.grad)
     assert torch.equal(folding.norm.running_mean, plain.norm.running_mean)
+
+
+def test_folded_weights_are_not_copied_saved_or_left_behind():
+    def bytes_of(layer):
+        file = io.BytesIO()
+        torch.save(layer, file)
+        return len(file.getvalue())
+
+    _, folding = layers(nn.BatchNorm2d(6))
+    before = bytes_of(folding)
+    x = torch.randn(1, 4, 5, 5)
+    with torch.inference_mode():
+        expected = folding(x)
+    assert folding._folded is not None
+    assert bytes_of(folding) == before
+    copied = copy.deepcopy(folding)
+    assert copied._folded is None
+    with torch.no_grad():
+        assert torch.equal(copied(x), expected)
+    assert folding.to("meta")._folded is None
 
 
 def test_a_hook_on_the_norm_is_called():
