@@ -226,7 +226,7 @@ def instances_to_results(
 ) -> list[dict[str, Any]]:
     """Convert the detections of one image to COCO's result format.
 
-    Detections with a score that is not finite are left out and counted in a warning.
+    Detections with a score of either kind that is not finite are left out and counted in a warning.
 
     Args:
         instances: N detections with ``scores``, ``pred_classes``, and ``pred_boxes`` and/or masks.
@@ -253,6 +253,7 @@ def instances_to_results(
             f"{len(category_ids)} classes; "
             "the model's class count does not fit this data set."
         )
+    finite = np.isfinite(scores)
     rles = _masks(instances)
     columns: dict[str, list[Any]] = {"bbox": _boxes(instances, rles)}
     if rles is not None:
@@ -263,10 +264,11 @@ def instances_to_results(
                     f"Image {image_id}: detections have no field {segm_score_field!r} to rank "
                     "masks by."
                 )
-            columns["mask_score"] = _to_numpy(instances.get(segm_score_field)).tolist()
+            mask_scores = _to_numpy(instances.get(segm_score_field))
+            columns["mask_score"] = mask_scores.tolist()
+            finite &= np.isfinite(mask_scores)
     if instances.has("pred_keypoints"):
         columns["keypoints"] = _keypoints(instances.pred_keypoints)
-    finite = np.isfinite(scores)
     if not finite.all():
         logger.warning(
             "Image %s: %d detections without a finite score left out.", image_id, (~finite).sum()

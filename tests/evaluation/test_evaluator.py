@@ -173,6 +173,9 @@ def test_odd_instances():
     results = instances_to_results(_instances(pred_masks=masks, **good), 4, [11])
     assert [r["bbox"] for r in results] == [[1, 2, 6, 3]]  # from the mask; the NaN score is gone
     assert results[0]["category_id"] == 11
+    scored = {**good, "scores": torch.tensor([0.5, 0.4]), "rank": torch.tensor([float("nan"), 0.3])}
+    results = instances_to_results(_instances(pred_masks=masks, **scored), 4, [11], "rank")
+    assert [r["mask_score"] for r in results] == pytest.approx([0.3])
     half = {"scores": torch.tensor([0.5]).bfloat16(), "pred_classes": torch.tensor([0])}
     boxes = Boxes(torch.tensor([[1.0, 2.0, 3.0, 5.0]]))
     keypoints = torch.tensor([[[1.5, 2.5, 2.0]]])
