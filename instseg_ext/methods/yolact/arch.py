@@ -131,7 +131,8 @@ class YOLACT(DenseInstanceSegmenter):
         """Read ``MODEL.YOLACT``; see `configurable`.
 
         Raises:
-            ValueError: if the network input has no fixed size.
+            ValueError: if the network input has no fixed size, or ``IN_FEATURES`` names an unknown
+                level or another number of them than ``ANCHOR_SCALES`` has.
         """
         node = cfg.MODEL.YOLACT
         if min(cfg.INSTSEG.STRETCH) <= 0:
@@ -150,8 +151,11 @@ class YOLACT(DenseInstanceSegmenter):
                 f"MODEL.YOLACT.IN_FEATURES has {len(node.IN_FEATURES)} entries but ANCHOR_SCALES "
                 f"has {len(anchor_grid.scales)}."
             )
+        shapes = arguments["backbone"].output_shape()
+        for name in node.IN_FEATURES:
+            check_choice("MODEL.YOLACT.IN_FEATURES", name, shapes)
         head = YOLACTHead(
-            arguments["backbone"].output_shape(),
+            shapes,
             in_features=node.IN_FEATURES,
             num_classes=node.NUM_CLASSES,
             num_anchors=anchor_grid.num_per_cell,

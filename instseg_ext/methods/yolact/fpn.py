@@ -130,11 +130,21 @@ def build_yolact_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> YOLACTFPN
 
     The pyramid is as wide as ``MODEL.FPN.OUT_CHANNELS``. It builds on all features of the trunk,
     the ``OUT_FEATURES`` of the trunk's own node: ``MODEL.FPN.IN_FEATURES`` would have to change
-    with ``BOTTOM_UP`` and is not read.
+    with ``BOTTOM_UP`` and is not read. It ends at the coarsest level in
+    ``MODEL.YOLACT.IN_FEATURES``, or that of the trunk: parameters of further ones would get no
+    gradient, which DistributedDataParallel refuses.
 
     Raises:
         ValueError: if ``MODEL.YOLACT.BOTTOM_UP`` is unknown or the features do not fit.
     """
     kind = check_choice("MODEL.YOLACT.BOTTOM_UP", cfg.MODEL.YOLACT.BOTTOM_UP, _BOTTOM_UPS)
     bottom_up = _BOTTOM_UPS[kind](cfg, input_shape)
-    return YOLACTFPN(bottom_up, out_channels=cfg.MODEL.FPN.OUT_CHANNELS)
+    top = max(shape.stride for shape in bottom_up.output_shape().values()).bit_length() - 1
+    # What is no level at all, the model refuses.
+    numbers = [name[1:] for name in cfg.MODEL.YOLACT.IN_FEATURES]
+    coarsest = max((int(number) for number in numbers if number.isdecimal()), default=top)
+    return YOLACTFPN(
+        bottom_up,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        num_downsamples=max(0, coarsest - top),
+    )

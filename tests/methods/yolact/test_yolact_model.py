@@ -312,3 +312,17 @@ def test_only_mask_scoring_has_a_score_of_its_own_for_masks():
     ):
         cfg = instseg_ext.get_config(name, ["MODEL.DEVICE", "cpu"])
         assert dict(method_of(cfg).evaluator_hints(cfg)) == expected
+
+
+@pytest.mark.parametrize("levels", [3, 4, 6])
+def test_the_pyramid_ends_at_the_coarsest_level_with_anchors(make_model, levels):
+    names = [f"p{3 + i}" for i in range(levels)]
+    scales = [[8.0 * (i + 1)] for i in range(levels)]
+    model = make_model("MODEL.YOLACT.IN_FEATURES", names, "MODEL.YOLACT.ANCHOR_SCALES", scales)
+    assert list(model.backbone.output_shape()) == names
+
+
+def test_levels_that_do_not_exist_are_named(make_model):
+    names = ["p2", "p3", "p4", "p5", "p6"]
+    with pytest.raises(ValueError, match=r"MODEL\.YOLACT\.IN_FEATURES.*p2"):
+        make_model("MODEL.YOLACT.IN_FEATURES", names)
