@@ -19,14 +19,15 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def plain_batch_norms(model: nn.Module) -> list[str]:
     """Return the names of layers that normalise with the statistics of one process's batch.
 
-    Frozen layers (detectron2's ``FrozenBatchNorm2d`` is no ``BatchNorm``) and layers that
-    synchronise do not count.
+    Frozen layers (detectron2's ``FrozenBatchNorm2d`` is no ``BatchNorm``), layers that the model
+    keeps in eval mode while it trains, and layers that synchronise do not count.
     """
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, _BATCH_NORMS)
         and module.track_running_stats
+        and (module.training or not model.training)
         and not _synchronises(module)
     ]
 

@@ -304,6 +304,9 @@ def test_plain_batch_norms_are_found():
         nn.GroupNorm(1, 2),
     )  # fmt: skip
     assert plain_batch_norms(model) == ["0"]
+    assert plain_batch_norms(model.eval()) == ["0"]
+    model.train()[0].eval()
+    assert plain_batch_norms(model) == []
 
 
 class TestDryRun:
