@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import Tensor
 
 from instseg_ext.config import check_choice
 from instseg_ext.layers.reduce import mean_over_processes
 from instseg_ext.methods.yolact.anchors import AnchorGrid
 from instseg_ext.methods.yolact.assembly import cropped_masks
+from instseg_ext.methods.yolact.batch_norm import batch_norms, keep_batch_norms
 from instseg_ext.methods.yolact.box_coding import encode
 from instseg_ext.methods.yolact.head import YOLACTHead, YOLACTOutputs
 from instseg_ext.methods.yolact.inference import Detections, InferenceOptions, detect
@@ -42,11 +41,6 @@ from instseg_ext.modeling.masks import Resize, masks_to_instances
 from instseg_ext.modeling.runtime import RuntimeOptions
 
 __all__ = ["YOLACT", "LossOptions"]
-
-logger = logging.getLogger(__name__)
-
-# The authors keep the batch norms below this many images per process.
-_FEWEST_FOR_BN = 6
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ class YOLACT(DenseInstanceSegmenter):
         self.inference_options = inference_options or InferenceOptions()
         self.freeze_bn = freeze_bn
         if freeze_bn:
-            for norm in _batch_norms(backbone):
+            for norm in batch_norms(backbone):
                 norm.requires_grad_(False)
             self.train(self.training)
 
@@ -192,14 +186,14 @@ class YOLACT(DenseInstanceSegmenter):
                     max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
                 ),
             ),
-            "freeze_bn": _freeze_bn(cfg, arguments["backbone"]),
+            "freeze_bn": keep_batch_norms(cfg, arguments["backbone"]),
         }
 
     def train(self, mode: bool = True) -> YOLACT:
         """Set the mode; frozen batch norms keep their statistics in training, too."""
         super().train(mode)
         if mode and self.freeze_bn:
-            for norm in _batch_norms(self.backbone):
+            for norm in batch_norms(self.backbone):
                 norm.eval()
         return self
 
@@ -374,29 +368,3 @@ def _normalised_boxes(gt: Instances) -> Tensor:
     """Return the (M, 4) boxes divided by the size of the network input."""
     height, width = gt.image_size
     return gt.gt_boxes.tensor / gt.gt_boxes.tensor.new_tensor([width, height, width, height])
-
-
-def _batch_norms(backbone: nn.Module) -> list[nn.Module]:
-    """Return the batch norms that training would change."""
-    return [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-
-def _freeze_bn(cfg: CfgNode, backbone: nn.Module) -> bool:
-    """Decide ``MODEL.YOLACT.FREEZE_BN``: ``auto`` freezes when too few images share statistics."""
-    choice = check_choice(
-        "MODEL.YOLACT.FREEZE_BN", cfg.MODEL.YOLACT.FREEZE_BN, ("auto", "always", "never")
-    )
-    norms = _batch_norms(backbone)
-    if choice != "auto" or not norms:
-        return choice == "always"
-    images = cfg.SOLVER.IMS_PER_BATCH // cfg.INSTSEG.ACCUMULATE
-    if not isinstance(norms[0], nn.SyncBatchNorm | NaiveSyncBatchNorm):
-        images //= comm.get_world_size()
-    if images < _FEWEST_FOR_BN:
-        logger.info(
-            "Batch norms of the backbone stay as loaded: %d images share their statistics and "
-            "MODEL.YOLACT.FREEZE_BN auto wants at least %d.",
-            images,
-            _FEWEST_FOR_BN,
-        )
-    return images < _FEWEST_FOR_BN
