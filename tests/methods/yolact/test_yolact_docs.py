@@ -4,10 +4,10 @@ import json
 import re
 
 import numpy as np
-import pytest
 import torchvision
 import yaml
 from detectron2.config import get_cfg
+from scipy.io import savemat
 
 import instseg_ext
 from instseg_ext import resources
@@ -67,7 +67,6 @@ def test_every_converted_file_names_a_config():
 
 def test_recipe_for_sbd_writes_what_the_config_reads(tmp_path, monkeypatch):
     """The page's script, run on a made-up release of two images."""
-    savemat = pytest.importorskip("scipy.io").savemat
     numbers = np.zeros((6, 8), dtype=np.uint8)
     numbers[1:4, 2:7], numbers[5, 0] = 1, 2
     truth = np.zeros((1, 1), dtype=[("Segmentation", object), ("Categories", object)])
