@@ -23,7 +23,6 @@ from instseg_ext.methods.solo.inference import Detections, InferenceOptions, cat
 from instseg_ext.methods.solo.location_head import VanillaSOLOHead
 from instseg_ext.methods.solo.losses import category_loss, mask_loss
 from instseg_ext.methods.solo.targets import CellGrid, CellTargets, make_targets
-from instseg_ext.methods.solo.towers import DeformOptions
 from instseg_ext.modeling.dense import (
     DenseInstanceSegmenter,
     dense_arguments,
@@ -32,6 +31,7 @@ from instseg_ext.modeling.dense import (
 )
 from instseg_ext.modeling.masks import Crop, Resize, masks_to_instances
 from instseg_ext.modeling.runtime import RuntimeOptions
+from instseg_ext.modeling.towers import DeformOptions
 
 __all__ = ["SOLO", "GridSegmenter", "LossOptions", "SOLOv2"]
 

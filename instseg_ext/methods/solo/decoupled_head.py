@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from instseg_ext.layers.coord import append_coords
 from instseg_ext.methods.solo.location_head import SOLOHead, SOLOOutputs, resize_maps
 from instseg_ext.methods.solo.mask_source import MaskSource
-from instseg_ext.methods.solo.towers import build_predictor
+from instseg_ext.modeling.towers import build_predictor
 
 __all__ = ["DecoupledSOLOHead"]
 

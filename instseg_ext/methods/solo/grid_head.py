@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from instseg_ext.methods.solo.mask_source import MaskSource
 from instseg_ext.methods.solo.targets import CellTargets
-from instseg_ext.methods.solo.towers import DeformOptions, build_predictor, build_tower
+from instseg_ext.modeling.towers import DeformOptions, build_predictor, build_tower
 
 __all__ = ["GridHead", "LevelCells", "flatten_cells", "resize_to_stride"]
 

@@ -15,7 +15,7 @@ from instseg_ext.methods.solo.grid_head import GridHead, flatten_cells
 from instseg_ext.methods.solo.mask_features import MaskFeatures
 from instseg_ext.methods.solo.mask_source import MaskSource
 from instseg_ext.methods.solo.targets import CellTargets
-from instseg_ext.methods.solo.towers import build_predictor
+from instseg_ext.modeling.towers import build_predictor
 
 __all__ = ["SOLOv2Head", "SOLOv2Outputs"]
 

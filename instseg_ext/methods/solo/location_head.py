@@ -19,7 +19,7 @@ from instseg_ext.layers.coord import append_coords
 from instseg_ext.methods.solo.grid_head import GridHead
 from instseg_ext.methods.solo.mask_source import MaskSource
 from instseg_ext.methods.solo.targets import CellTargets
-from instseg_ext.methods.solo.towers import build_predictor
+from instseg_ext.modeling.towers import build_predictor
 
 __all__ = ["SOLOHead", "SOLOOutputs", "VanillaSOLOHead", "doubled", "resize_maps"]
 

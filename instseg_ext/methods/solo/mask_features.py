@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instseg_ext.layers.coord import append_coords
-from instseg_ext.methods.solo.towers import DeformOptions, build_block
+from instseg_ext.modeling.towers import DeformOptions, build_block
 
 __all__ = ["MaskFeatures"]
 

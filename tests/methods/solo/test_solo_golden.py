@@ -22,7 +22,7 @@ from instseg_ext.methods.solo.grid_head import flatten_cells
 from instseg_ext.methods.solo.head import SOLOv2Head
 from instseg_ext.methods.solo.location_head import VanillaSOLOHead
 from instseg_ext.methods.solo.targets import CellGrid
-from instseg_ext.methods.solo.towers import DeformOptions
+from instseg_ext.modeling.towers import DeformOptions
 
 LEVELS = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
 FORMATS = [torch.contiguous_format, torch.channels_last]

@@ -8,7 +8,7 @@ from methods.solo.toys import count_parameters, pyramid
 from instseg_ext.methods.solo.grid_head import flatten_cells, resize_to_stride
 from instseg_ext.methods.solo.head import SOLOv2Outputs
 from instseg_ext.methods.solo.mask_features import MaskFeatures
-from instseg_ext.methods.solo.towers import DeformOptions
+from instseg_ext.modeling.towers import DeformOptions
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Convolution towers that all heads of the family are made of."""
+"""Convolution towers that heads of dense methods are made of."""
 
 from dataclasses import dataclass
 from itertools import pairwise
