@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-__all__ = ["Method", "NamedFamily"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+__all__ = ["Figure", "FigurePicture", "Method", "NamedFamily"]
 
 
 class NamedFamily(Protocol):
@@ -15,6 +20,48 @@ class NamedFamily(Protocol):
     @property
     def name(self) -> str:
         """The name under which the converter finds it."""
+
+
+class FigurePicture(NamedTuple):
+    """A picture to draw a figure of.
+
+    Attributes:
+        name: what its files are named after.
+        picture: (H, W, 3) uint8 BGR; not to be modified.
+        annotations: of the objects in it, in detectron2's form (``bbox``, ``bbox_mode``,
+            ``segmentation``, ``category_id``, ``iscrowd``), in pixels of ``picture``. None where
+            nobody annotated it, as with a file of the user's own; the empty list says that there
+            is no object.
+    """
+
+    name: str
+    picture: np.ndarray
+    annotations: list[dict[str, Any]] | None
+
+
+class Figure(Protocol):
+    """Draws one kind of figure of ``instseg visualize``."""
+
+    def __call__(
+        self,
+        cfg: Any,
+        make_predictor: Callable[[], Any],
+        pictures: Sequence[FigurePicture],
+        folder: Path,
+    ) -> Sequence[Path]:
+        """Draw.
+
+        Args:
+            cfg: the config; not modified.
+            make_predictor: gives the ``engine.predictor.Predictor`` of ``cfg``, and builds it at
+                the first call: a figure that needs no model does not call it, and then needs no
+                weights.
+            pictures: read one by one as they are taken, so take each of them once.
+            folder: where the files go; it exists.
+
+        Returns:
+            The files, the one to open first last.
+        """
 
 
 @dataclass(frozen=True)
@@ -37,7 +84,7 @@ class Method:
         converters: families of foreign checkpoints that hold this method's models; the zoo
             registers them.
         export_wrapper: what export traces; ``None`` means the method has no export.
-        figures: extra figures of ``instseg visualize`` by name.
+        figures: extra figures of ``instseg visualize`` by name, see ``Figure``.
         commands: extra command stages by name.
     """
 
@@ -51,5 +98,5 @@ class Method:
     evaluator_hints: Callable[[Any], Mapping[str, object]] = lambda cfg: {}
     converters: tuple[NamedFamily, ...] = ()
     export_wrapper: Callable | None = None
-    figures: Mapping[str, Callable] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
     commands: Mapping[str, Callable] = field(default_factory=dict)

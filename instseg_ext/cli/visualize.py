@@ -1,13 +1,12 @@
 """``instseg visualize``: what the network sees, and what it predicts beside the truth.
 
-A method may bring figures of its own (``Method.figures``): functions ``(predictor, images, folder)
--> files`` that get an ``engine.predictor.Predictor``, a list of ``(name, (H, W, 3) uint8 BGR
-picture)`` and the output folder.
+A method may bring figures of its own (``Method.figures``), see ``instseg_ext.method.Figure``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -17,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 from instseg_ext.cli import common
 
 if TYPE_CHECKING:
-    import numpy as np
     from detectron2.config import CfgNode
 
-    from instseg_ext.method import Method
+    from instseg_ext.method import FigurePicture, Method
 
 __all__ = ["add_parser", "run"]
 
@@ -33,13 +31,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "kind",
         help="data (what the network sees after augmentation), predictions (truth beside "
-        "prediction, worst images first), or a figure of the method (YOLACT: prototypes)",
+        "prediction, worst images first), or a figure of the method (YOLACT: prototypes; "
+        "PolarMask: rays, upper-bound, the latter from annotations alone)",
     )
     common.add_config_arguments(parser)
     add = parser.add_argument
     add("--output", metavar="DIR", help="folder (default OUTPUT_DIR/visualize/KIND)")
     add("--overwrite", action="store_true", help="the folder may hold files already")
-    add("--count", type=int, default=12, help="pictures (default 12)")
+    add(
+        "--count",
+        type=int,
+        default=12,
+        help="pictures (default 12); 0 takes all for a method's figure",
+    )
     add(
         "--dataset",
         default="",
@@ -65,7 +69,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="predictions: which images come first",
     )
     add("--limit", type=int, default=0, metavar="N", help="predictions: the first N images only")
-    add("--input", nargs="+", metavar="WHAT", help="a method's figure: pictures to show it on")
+    add(
+        "--input",
+        nargs="+",
+        metavar="WHAT",
+        help="a method's figure: pictures to show it on, instead of those of the data set; they "
+        "come without annotations",
+    )
     parser.set_defaults(run=run)
 
 
@@ -84,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileExistsError(f"{folder} holds files; choose another --output or --overwrite.")
     folder.mkdir(parents=True, exist_ok=True)
     files = kinds.get(args.kind, _figure)(args, cfg, method, folder)
-    logger.info("%d pictures in %s.", len(files), folder)
+    logger.info("%d files in %s.", len(files), folder)
     if files:
         logger.info("The one to open first: %s", files[-1])
     return 0
@@ -187,21 +197,43 @@ def _figure(
 ) -> Sequence[str | Path]:
     from instseg_ext.engine.predictor import Predictor
 
-    pictures = _pictures(args, cfg)
-    return method.figures[args.kind](Predictor(cfg, method, unsafe=args.unsafe), pictures, folder)
+    if args.count < 0:
+        raise ValueError(f"--count wants a number of pictures, or 0 for all, not {args.count}.")
+    make_predictor = functools.cache(lambda: Predictor(cfg, method, unsafe=args.unsafe))
+    return method.figures[args.kind](cfg, make_predictor, _pictures(args, cfg), folder)
 
 
-def _pictures(args: argparse.Namespace, cfg: CfgNode) -> list[tuple[str, np.ndarray]]:
-    """Read the pictures of ``--input``, or else the first ones of the data set."""
+class _Pictures(Sequence["FigurePicture"]):
+    """Pictures that are read when they are taken: a data set may not fit into memory."""
+
+    def __init__(self, entries: Sequence[tuple[str, list[dict[str, Any]] | None]]) -> None:
+        """Keep the paths and the annotations."""
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> FigurePicture:
+        """Read one picture."""
+        from instseg_ext.engine.media import read_picture
+        from instseg_ext.method import FigurePicture
+
+        path, annotations = self._entries[index]
+        return FigurePicture(Path(path).stem, read_picture(path), annotations)
+
+
+def _pictures(args: argparse.Namespace, cfg: CfgNode) -> Sequence[FigurePicture]:
+    """Take the pictures of ``--input``, or else the first ones of the data set."""
     from instseg_ext import data
-    from instseg_ext.engine.media import expand_inputs, read_picture
+    from instseg_ext.engine.media import expand_inputs
 
     if args.input:
-        paths = [source.path for source in expand_inputs(args.input) if source.kind == "image"]
+        sources = expand_inputs(args.input)
+        entries = [(source.path, None) for source in sources if source.kind == "image"]
     else:
         from detectron2.data import DatasetCatalog
 
         name = _dataset_name(args, cfg)
         data.ensure_files(name)
-        paths = [entry["file_name"] for entry in DatasetCatalog.get(name)]
-    return [(Path(path).stem, read_picture(path)) for path in paths[: args.count]]
+        entries = [(e["file_name"], e.get("annotations")) for e in DatasetCatalog.get(name)]
+    return _Pictures(entries[: args.count or None])

@@ -110,14 +110,38 @@ def test_bad_requests_are_named(blob_data, use_blobs, tmp_path):
 def test_figures_of_a_method(blob_data, blob_method, use_blobs, monkeypatch, tmp_path):
     calls = []
 
-    def figure(predictor, pictures, folder):
-        calls.append(([len(predictor(picture)) for _, picture in pictures], folder))
-        return [folder / f"{name}.png" for name, _ in pictures]
+    def figure(cfg, make_predictor, pictures, folder):
+        assert make_predictor() is make_predictor()
+        found = [len(make_predictor()(entry.picture)) for entry in pictures]
+        objects = [entry.annotations and len(entry.annotations) for entry in pictures]
+        calls.append(([entry.name for entry in pictures], found, objects, cfg, folder))
+        return [folder / f"{entry.name}.png" for entry in pictures]
 
     method = dataclasses.replace(blob_method, figures={"rays": figure})
     monkeypatch.setattr(common, "config_from_args", lambda args: (use_blobs, method))
     assert run("rays", "--count", 2) == 0
     assert run("rays", "--input", tmp_path / "im1.png", "--output", tmp_path / "r") == 0
-    assert [len(counts) for counts, _ in calls] == [2, 1]
-    assert calls[0][0] == [1, 1]
-    assert calls[1][1] == tmp_path / "r"
+    assert run("rays", "--count", 0, "--output", tmp_path / "all") == 0
+    assert calls[0] == (["im0", "im1"], [1, 1], [2, 2], use_blobs, calls[0][-1])
+    assert calls[1] == (["im1"], [1], [None], use_blobs, tmp_path / "r")
+    assert len(calls[2][0]) == 3
+    with pytest.raises(ValueError, match=r"--count .* not -1"):
+        run("rays", "--count", -1, "--output", tmp_path / "none")
+
+
+def test_a_figure_without_a_model_needs_no_weights_and_reads_one_picture_at_a_time(
+    blob_data, blob_method, use_blobs, monkeypatch, tmp_path
+):
+    (tmp_path / "im2.png").unlink()
+    use_blobs.MODEL.WEIGHTS = str(tmp_path / "nowhere.pth")
+    seen = []
+
+    def figure(cfg, make_predictor, pictures, folder):
+        seen.extend(next(iter(pictures)).annotations)
+        return []
+
+    method = dataclasses.replace(blob_method, figures={"bound": figure})
+    monkeypatch.setattr(common, "config_from_args", lambda args: (use_blobs, method))
+    assert run("bound") == 0
+    assert [annotation["category_id"] for annotation in seen] == [1, 0]
+    assert {"bbox", "bbox_mode", "segmentation", "iscrowd"} <= set(seen[0])

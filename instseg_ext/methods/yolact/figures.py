@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor
 
+from instseg_ext.method import FigurePicture
 from instseg_ext.methods.yolact.assembly import assemble_logits, cropped_masks
 from instseg_ext.methods.yolact.inference import Detections
 from instseg_ext.visualization.contact_sheet import contact_sheet, write_image
@@ -28,22 +30,27 @@ _CELL = 200
 
 @torch.no_grad()
 def draw_prototypes(
-    predictor: Any, pictures: Sequence[tuple[str, np.ndarray]], folder: Path
+    cfg: CfgNode,
+    make_predictor: Callable[[], Any],
+    pictures: Sequence[FigurePicture],
+    folder: Path,
 ) -> list[Path]:
     """Draw the prototypes of each picture and how they make the mask of its best detection.
 
     Args:
-        predictor: an ``engine.predictor.Predictor`` with a YOLACT model.
-        pictures: names and (H, W, 3) uint8 BGR.
+        cfg: not read; the predictor has it.
+        make_predictor: gives an ``engine.predictor.Predictor`` with a YOLACT model.
+        pictures: their annotations are not read.
         folder: where ``<name>_prototypes.png`` and ``<name>_assembly.png`` go; the second is left
             out when nothing is detected.
 
     Returns:
         The files, in the order of the pictures.
     """
+    predictor = make_predictor()
     model = predictor.model
     files = []
-    for name, picture in pictures:
+    for name, picture, _ in pictures:
         images = model.preprocess_image([predictor.to_input(picture)])
         with model.precision():
             raw = model.head(model.backbone(images.tensor))

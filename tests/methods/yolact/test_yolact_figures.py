@@ -7,6 +7,7 @@ import torch
 
 import instseg_ext
 from instseg_ext.engine.predictor import Predictor
+from instseg_ext.method import FigurePicture
 from instseg_ext.visualization.maps import draw_map, draw_signed_map
 from instseg_ext.zoo import method_of
 
@@ -29,7 +30,8 @@ def test_files(tmp_path, threshold, kinds):
         with torch.no_grad():
             predictor.model.head.class_pred.bias.view(-1, 2)[:, 1] = 30  # all is background
     picture = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
-    files = method.figures["prototypes"](predictor, [("a", picture), ("b", picture)], tmp_path)
+    pictures = [FigurePicture(name, picture, None) for name in "ab"]
+    files = method.figures["prototypes"](cfg, lambda: predictor, pictures, tmp_path)
     expected = ["prototypes", "assembly"][:kinds]
     assert [f.name for f in files] == [f"{n}_{k}.png" for n in "ab" for k in expected]
     for file in files:
