@@ -12,6 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from methods import foreign
 from methods.solo import foreign_files as files
 
 import instseg_ext
@@ -36,7 +37,7 @@ def source(tmp_path_factory):
     """A small training checkpoint of the authors' code, with 80 classes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        state = files.tensors(files.small_solov2(), device="cpu")
+        state = foreign.tensors(files.small_solov2(), device="cpu")
     path = tmp_path_factory.mktemp("foreign") / "epoch_36.pth"
     meta = {"mmdet_version": "1.0", "config": "model = dict()", "epoch": 36}
     content = {"meta": meta, "state_dict": state, "optimizer": {"state": {}}}
@@ -49,7 +50,7 @@ def source(tmp_path_factory):
 def save(tmp_path):
     def write(shapes, meta=None, name="in.pth"):
         path = tmp_path / name
-        torch.save({"state_dict": files.tensors(shapes, "cpu"), "meta": meta or {}}, path)
+        torch.save({"state_dict": foreign.tensors(shapes, "cpu"), "meta": meta or {}}, path)
         return path
 
     return write
@@ -184,7 +185,7 @@ def test_every_name_is_written_when_asked_for(source, tmp_path, capsys):
 
 def test_a_backbone_needs_no_config_and_carries_none(tmp_path, capsys):
     prefix = "backbone."
-    shapes = files.resnet(50, sizes=files.SMALL)
+    shapes = files.resnet(50, sizes=foreign.SMALL, fpn=32)
     names = {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
     source = tmp_path / "R-50.pkl"
     converted = {
@@ -285,7 +286,7 @@ class Malicious:
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_code_in_a_file_runs_only_when_unsafe_is_typed(tmp_path, capsys, suffix):
     target, source, out = tmp_path / "created", tmp_path / f"in{suffix}", tmp_path / "out.pth"
-    state = files.tensors(files.small_solov2(), "cpu")
+    state = foreign.tensors(files.small_solov2(), "cpu")
     content = {"state_dict": state, "hook": Malicious(target)}
     if suffix == ".pth":
         torch.save(content, source)

@@ -5,106 +5,16 @@ Everything is a shape by name until `tensors` fills it, so that full-size models
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
+from methods import foreign
+from methods.foreign import SMALL, block, conv
 
 GRIDS = (40, 36, 24, 16, 12)
-BLOCKS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-}
-NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Widths; those of the published models unless a test wants them small."""
-
-    stem: int = 64
-    first: int = 64
-    expansion: int = 4
-    fpn: int = 256
-
-
-SMALL = Sizes(stem=8, first=4, fpn=32)
-
-
-def tensors(shapes, device="meta"):
-    """Fill shapes, on the CPU with random numbers."""
-    if device == "meta":
-        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return {
-        name: torch.randn(shape) * 0.05 if shape else torch.tensor(7)
-        for name, shape in shapes.items()
-    }
-
-
-def batch_norm(name, channels):
-    return {f"{name}.{p}": (channels,) for p in NORM} | {f"{name}.num_batches_tracked": ()}
-
-
-def resnet(depth, *, offsets=0, groups=1, early_names=False, sizes=Sizes()):
-    """The backbone of OpenMMLab; ``offsets``: channels of the offset convolutions, 0 for none."""
-    shapes = {"backbone.conv1.weight": (sizes.stem, 3, 7, 7)}
-    shapes |= batch_norm("backbone.bn1", sizes.stem)
-    basic = depth < 50
-    expansion = 1 if basic else sizes.expansion
-    channels = sizes.stem
-    for stage, blocks in enumerate(BLOCKS[depth], start=1):
-        out = sizes.first * expansion * 2 ** (stage - 1)
-        # ResNeXt 64x4d: 64 groups of 4 channels in the first stage.
-        inner = groups * 4 * 2 ** (stage - 1) if groups > 1 else out // expansion
-        for number in range(blocks):
-            name = f"backbone.layer{stage}.{number}"
-            if basic:
-                convs = [(out, channels, 3, 3), (out, out, 3, 3)]
-            else:
-                convs = [
-                    (inner, channels, 1, 1),
-                    (inner, inner // groups, 3, 3),
-                    (out, inner, 1, 1),
-                ]
-            for i, shape in enumerate(convs, start=1):
-                shapes[f"{name}.conv{i}.weight"] = shape
-                shapes |= batch_norm(f"{name}.bn{i}", shape[0])
-            if offsets and stage > 1:
-                offset = f"{name}.conv2_offset" if early_names else f"{name}.conv2.conv_offset"
-                shapes[f"{offset}.weight"] = (offsets, inner, 3, 3)
-                shapes[f"{offset}.bias"] = (offsets,)
-            if channels != out:
-                shapes[f"{name}.downsample.0.weight"] = (out, channels, 1, 1)
-                shapes |= batch_norm(f"{name}.downsample.1", out)
-            channels = out
-    outs = [sizes.first * expansion * 2**i for i in range(4)]
-    return shapes | fpn(outs, sizes.fpn)
-
-
-def fpn(inputs, channels):
-    shapes = {}
-    for n, width in enumerate(inputs):
-        shapes[f"neck.lateral_convs.{n}.conv.weight"] = (channels, width, 1, 1)
-        shapes[f"neck.lateral_convs.{n}.conv.bias"] = (channels,)
-        shapes[f"neck.fpn_convs.{n}.conv.weight"] = (channels, channels, 3, 3)
-        shapes[f"neck.fpn_convs.{n}.conv.bias"] = (channels,)
-    return shapes
-
-
-def block(name, out, channels, *, kernel=3, offsets=0, early_names=False):
-    """A convolution with group norm, deformable if there are ``offsets`` (per 3x3 kernel)."""
-    shapes = {f"{name}.conv.weight": (out, channels, kernel, kernel)}
-    if offsets:
-        offset = f"{name}.conv_offset" if early_names else f"{name}.conv.conv_offset"
-        count = offsets // 9 * kernel**2
-        shapes[f"{offset}.weight"] = (count, channels, kernel, kernel)
-        shapes[f"{offset}.bias"] = (count,)
-    return shapes | {f"{name}.gn.weight": (out,), f"{name}.gn.bias": (out,)}
-
-
-def conv(name, out, channels, kernel=3):
-    return {f"{name}.weight": (out, channels, kernel, kernel), f"{name}.bias": (out,)}
+def resnet(depth, *, fpn=256, **options):
+    """The backbone of OpenMMLab with its FPN, which reads all four stages."""
+    shapes, channels = foreign.resnet(depth, **options)
+    return shapes | foreign.fpn(channels, fpn)
 
 
 def tower(name, convs, width, channels, deform=()):
@@ -233,7 +143,7 @@ def adelaidet(depth, *, classes=80):
 def small_solov2(family="solo-authors", classes=80):
     """Shapes of a SOLOv2 of 0.3 million parameters; see SMALL_OPTS for its config."""
     return (
-        resnet(50, sizes=SMALL)
+        resnet(50, sizes=SMALL, fpn=32)
         | solov2_head(family, convs=1, width=32, kernels=32, fpn=32, classes=classes)
         | mask_features(family, kernels=32, fpn=32, width=32)
     )

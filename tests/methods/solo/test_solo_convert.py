@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from methods.foreign import block, tensors
 from methods.solo import foreign_files as files
 
 import instseg_ext
@@ -108,7 +109,7 @@ def shapes_of_config(name):
 
 @pytest.mark.parametrize(("family", "shapes", "config"), FLAVOURS, ids=IDS)
 def test_every_flavour_is_recognised_and_maps_onto_its_model(family, shapes, config):
-    weights, report, variant = convert_with_variant(files.tensors(shapes))
+    weights, report, variant = convert_with_variant(tensors(shapes))
     assert report.family == family
     assert report.config == f"SOLO/{config}"
     assert variant.num_classes == 80
@@ -146,7 +147,7 @@ def test_heads_have_as_many_names_as_the_reference_has(family):
     ],
 )
 def test_heads_have_as_many_parameters_as_the_reference_has(head, parameters):
-    assert sum(tensor.numel() for tensor in files.tensors(head).values()) == parameters
+    assert sum(tensor.numel() for tensor in tensors(head).values()) == parameters
 
 
 @pytest.mark.parametrize(
@@ -176,21 +177,21 @@ def test_heads_have_as_many_parameters_as_the_reference_has(head, parameters):
     ],
 )
 def test_names_of_the_authors(old, new):
-    assert convert(files.tensors(v2_dcn(AUTHORS)))[1].mapped[old] == new
+    assert convert(tensors(v2_dcn(AUTHORS)))[1].mapped[old] == new
 
 
 def test_offsets_beside_their_convolution_are_those_of_early_releases():
     shapes = files.resnet(50, offsets=V1, early_names=True)
     shapes |= files.decoupled_head(AUTHORS, light=True, convs=4)
     for tower in ("cate_convs", "ins_convs"):
-        shapes |= files.block(f"bbox_head.{tower}.3", 256, 256, offsets=V1, early_names=True)
-    weights, report = convert(files.tensors(shapes), AUTHORS)
+        shapes |= block(f"bbox_head.{tower}.3", 256, 256, offsets=V1, early_names=True)
+    weights, report = convert(tensors(shapes), AUTHORS)
     check_fit(weights, shapes_of_config(report.config), report)
     assert report.config == "SOLO/decoupled_solo_light_dcn_R_50_FPN_3x"
 
 
 def test_tensors_are_handed_on_unchanged():
-    state = files.tensors(files.small_solov2(), device="cpu")
+    state = tensors(files.small_solov2(), device="cpu")
     weights, report = convert(state, AUTHORS)
     assert all(torch.equal(weights[new], state[old]) for old, new in report.mapped.items())
 
@@ -200,18 +201,18 @@ def test_tensors_are_handed_on_unchanged():
     [(v2(AUTHORS), "SOLO/solov2_R_50_FPN_1x"), (solo(MMDET), "SOLO/solo_R_50_FPN_1x")],
 )
 def test_the_schedule_that_weights_do_not_tell_is_said(shapes, told):
-    report = convert(files.tensors(shapes))[1]
+    report = convert(tensors(shapes))[1]
     assert told in report.notes[0]
     assert told in report.summary()
 
 
 def test_models_of_one_schedule_have_no_note():
-    assert convert(files.tensors(v2(AUTHORS, 101)))[1].notes == ()
+    assert convert(tensors(v2(AUTHORS, 101)))[1].notes == ()
 
 
 def test_the_light_deformable_model_of_mmdetection_is_another_than_the_authors():
     shapes = v2_light_dcn(MMDET, offsets=V2)
-    weights, report, variant = convert_with_variant(files.tensors(shapes))
+    weights, report, variant = convert_with_variant(tensors(shapes))
     assert (report.config, report.opts) == (variant.config, variant.opts)
     cfg = instseg_ext.get_config(variant.config, variant.opts)
     check_fit(weights, model_shapes(cfg), report)
@@ -226,11 +227,11 @@ def test_the_classifier_tells_the_number_of_classes():
         files.resnet(18) | files.decoupled_head(MMDET, classes=3),
         files.adelaidet(50, classes=3),
     ):
-        assert convert_with_variant(files.tensors(shapes))[2].num_classes == 3
+        assert convert_with_variant(tensors(shapes))[2].num_classes == 3
 
 
 def test_a_model_nobody_published_has_no_config():
-    report = convert(files.tensors(files.small_solov2()))[1]
+    report = convert(tensors(files.small_solov2()))[1]
     assert report.config == ""
     assert report.variant == "SOLOv2, 1 x 32 per tower, 32 kernel channels, ResNet-50"
 
@@ -239,7 +240,7 @@ def test_a_model_nobody_published_has_no_config():
 
 
 def test_a_name_too_many_is_named():
-    state = files.tensors(solo(AUTHORS))
+    state = tensors(solo(AUTHORS))
     state |= {f"bbox_head.extra.{i}": torch.zeros(1) for i in range(12)}
     with pytest.raises(ConversionError, match=r"^12 names .*extra\.0, .*extra\.9 and 2 more") as e:
         convert(state)
@@ -250,7 +251,7 @@ def test_missing_names_and_other_shapes_are_named():
     shapes = solo(AUTHORS)
     del shapes["neck.fpn_convs.2.conv.bias"]
     shapes["bbox_head.solo_ins_list.1.weight"] = (1225, 256, 1, 1)
-    weights, report = convert(files.tensors(shapes))
+    weights, report = convert(tensors(shapes))
     with pytest.raises(ConversionError) as error:
         check_fit(weights, shapes_of_config(report.config), report)
     message = str(error.value)
@@ -260,7 +261,7 @@ def test_missing_names_and_other_shapes_are_named():
 
 
 def test_the_model_of_another_variant_does_not_fit():
-    weights, _ = convert(files.tensors(solo(AUTHORS)))
+    weights, _ = convert(tensors(solo(AUTHORS)))
     with pytest.raises(ConversionError, match=r"head\.mask_tower_x\.0\.weight"):
         check_fit(weights, shapes_of_config("SOLO/decoupled_solo_R_50_FPN_3x"), Report(AUTHORS))
 
@@ -277,7 +278,7 @@ def test_the_model_of_another_variant_does_not_fit():
 )
 def test_another_family_than_typed_is_named(shapes, typed, owner):
     with pytest.raises(ConversionError, match=f"not those of {typed} .* looks like {owner}"):
-        convert(files.tensors(shapes), typed)
+        convert(tensors(shapes), typed)
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.solo.foreign_files import BLOCKS, batch_norm, conv
+from methods.foreign import BLOCKS, batch_norm, conv
 
 DARKNET_BLOCKS = (1, 2, 8, 8, 4)
 # Expansion, channels, blocks of each stage of MobileNetV2.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
-from methods.solo.foreign_files import tensors
+from methods.foreign import tensors
 from methods.yolact import foreign_files as files
 
 import instseg_ext
