@@ -20,11 +20,13 @@ class DeformOptions:
         towers: ``none``, ``last`` or ``all`` convolutions of each tower.
         mask_features: all convolutions of the mask features.
         modulated: v2 instead of v1.
+        bias: see ``build_block``.
     """
 
     towers: str = "none"
     mask_features: bool = False
     modulated: bool = False
+    bias: bool = False
 
     def in_tower(self, index: int, num_convs: int) -> bool:
         """Tell whether convolution ``index`` of a tower is deformable."""
@@ -39,8 +41,9 @@ def build_block(
     *,
     deform: bool = False,
     modulated: bool = False,
+    bias: bool = False,
 ) -> nn.Module:
-    """Return (deformable) convolution without bias, normalisation, ReLU.
+    """Return (deformable) convolution, normalisation, ReLU.
 
     Args:
         in_dim: input channels.
@@ -49,10 +52,13 @@ def build_block(
         norm: normalisation layer.
         deform: deformable convolution.
         modulated: version 2 of it.
+        bias: whether a deformable convolution has a bias, zero at the start. Its weights then start
+            uniform within 1 / sqrt(fan in), as such layers do by themselves, where all others start
+            normal with deviation 0.01.
     """
     options = {
         "padding": kernel_size // 2,
-        "bias": False,
+        "bias": deform and bias,
         "norm": get_norm(norm, out_dim),
         "activation": F.relu_,
     }
@@ -60,7 +66,11 @@ def build_block(
         conv = DeformConvPack(in_dim, out_dim, kernel_size, modulated=modulated, **options)
     else:
         conv = Conv2d(in_dim, out_dim, kernel_size, **options)
-    nn.init.normal_(conv.weight, std=0.01)
+    if conv.bias is None:
+        nn.init.normal_(conv.weight, std=0.01)
+    else:
+        bound = conv.weight[0].numel() ** -0.5
+        nn.init.uniform_(conv.weight, -bound, bound)
     return conv
 
 
@@ -69,11 +79,10 @@ def build_tower(
 ) -> nn.Sequential:
     """Return ``num_convs`` 3x3 blocks from ``in_dim`` to ``width`` channels."""
     dims = [in_dim] + [width] * num_convs
+    style = {"modulated": deform.modulated, "bias": deform.bias}
     return nn.Sequential(
         *(
-            build_block(
-                a, b, 3, norm, deform=deform.in_tower(q, num_convs), modulated=deform.modulated
-            )
+            build_block(a, b, 3, norm, deform=deform.in_tower(q, num_convs), **style)
             for q, (a, b) in enumerate(pairwise(dims))
         )
     )
