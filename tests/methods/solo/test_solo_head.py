@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from methods.solo.toys import count_parameters, pyramid
+from methods.project import count
+from methods.solo.toys import pyramid
 
 from instseg_ext.methods.solo.grid_head import flatten_cells, resize_to_stride
 from instseg_ext.methods.solo.head import SOLOv2Outputs
@@ -27,8 +28,8 @@ def test_shapes_and_parameter_counts(make_head, options, instance, mask):
     assert [tuple(x.shape) for x in raw.category_logits] == [(1, 80, s, s) for s in sides]
     assert [tuple(x.shape) for x in raw.kernels] == [(1, dim, s, s) for s in sides]
     assert tuple(raw.mask_features.shape) == (1, dim, 64, 96)
-    assert count_parameters(head.mask_features) == mask
-    assert count_parameters(head) - count_parameters(head.mask_features) == instance
+    assert count(head.mask_features) == mask
+    assert count(head) - count(head.mask_features) == instance
 
 
 def test_state_dict_names_are_the_documented_ones(make_head):

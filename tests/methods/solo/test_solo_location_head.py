@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
-from methods.solo.toys import count_parameters, pyramid
+from methods.project import count
+from methods.solo.toys import pyramid
 
 import instseg_ext
 from instseg_ext.layers.losses import dice_loss
@@ -45,7 +46,7 @@ def test_shapes_and_parameter_counts(make_head, kind, parameters, keys):
     with torch.device("meta"):
         head = make_head(kind=kind)
         raw = head(pyramid(256, 384, 256))
-    assert count_parameters(head) == parameters
+    assert count(head) == parameters
     assert len(head.state_dict()) == keys
     sides = [40, 36, 24, 16, 12]
     assert [tuple(x.shape) for x in raw.category_logits] == [(1, 80, s, s) for s in sides]

@@ -22,7 +22,3 @@ def pyramid(height, width, dim, num=1):
     maps = {name: torch.randn(num, dim, height // s, width // s) for name, s in sizes.items()}
     maps["p6"] = F.max_pool2d(maps["p5"], 1, 2)
     return maps
-
-
-def count_parameters(module):
-    return sum(p.numel() for p in module.parameters())

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import ResNet
+from methods.project import Project, assert_nuclei_protocol, build, count
 from torch import nn
 
-import instseg_ext
-from instseg_ext.config import config_names
 from instseg_ext.engine.optim import build_optimizer, build_scheduler
 from instseg_ext.methods.yolact.anchors import AnchorGrid
+
+PROJECT = Project("YOLACT")
 
 COCO = ((24,), (48,), (96,), (192,), (384,))
 OF_400 = ((17,), (34,), (69,), (139,), (279,))
@@ -99,21 +99,6 @@ TOTALS = {
 LEVELS = {400: (50, 25, 13, 7, 4), 550: (69, 35, 18, 9, 5), 700: (88, 44, 22, 11, 6)}
 
 
-def config(name, *opts):
-    return instseg_ext.get_config(f"YOLACT/{name}", opts)
-
-
-def build(cfg):
-    """Return the model on the meta device: shapes only."""
-    cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 def norms(model):
     return [
         parameter
@@ -133,15 +118,14 @@ def deformable_blocks(stage):
 
 
 def test_no_published_model_is_forgotten():
-    names = {n.removeprefix("YOLACT/") for n in config_names() if n.startswith("YOLACT/")}
-    assert {n for n in names if not n.startswith("nuclei")} == set(PUBLISHED)
-    assert "nuclei_yolact_R_18" in names
+    assert set(PROJECT.published) == set(PUBLISHED)
+    assert "nuclei_yolact_R_18" in PROJECT.configs
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_architecture(name):
     expected = PUBLISHED[name]
-    model = build(config(name))
+    model = build(PROJECT.config(name))
     trunk = model.backbone.bottom_up
     assert count(trunk) == expected.trunk
     assert count(model.backbone) - count(trunk) == pyramid(expected.channels)
@@ -163,7 +147,7 @@ def test_architecture(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_anchors(name):
     expected = PUBLISHED[name]
-    node = config(name).MODEL.YOLACT
+    node = PROJECT.config(name).MODEL.YOLACT
     assert [pytest.approx(scales, rel=1e-15) for scales in expected.scales] == node.ANCHOR_SCALES
     assert node.ASPECT_RATIOS == [1.0, 0.5, 2.0]
     assert expected.square == node.SQUARE_ANCHORS
@@ -175,7 +159,7 @@ def test_anchors(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipe(name):
-    cfg = config(name)
+    cfg = PROJECT.config(name)
     expected = PUBLISHED[name]
     solver, given, node = cfg.SOLVER, cfg.INPUT, cfg.MODEL.YOLACT
     if name.endswith("sbd"):
@@ -219,7 +203,7 @@ def test_recipe(name):
 
 
 def test_settings_that_every_published_model_shares():
-    node = config("yolact_R_50_550").MODEL.YOLACT
+    node = PROJECT.config("yolact_R_50_550").MODEL.YOLACT
     assert (node.POS_IOU, node.NEG_IOU, node.CROWD_IOA, node.NEG_POS_RATIO) == (0.5, 0.4, 0.7, 3)
     assert (node.LOSS_WEIGHT_CLS, node.LOSS_WEIGHT_BOX, node.LOSS_WEIGHT_MASK) == (1, 1.5, 6.125)
     assert (node.LOSS_WEIGHT_SEMANTIC, node.LOSS_WEIGHT_MASK_IOU) == (1, 25)
@@ -231,7 +215,7 @@ def test_settings_that_every_published_model_shares():
 
 
 def test_weight_decay_of_every_parameter():
-    cfg = config("yolact_R_50_550")
+    cfg = PROJECT.config("yolact_R_50_550")
     model = build(cfg)
     groups = build_optimizer(cfg, model).param_groups
     decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
@@ -255,7 +239,7 @@ def test_weight_decay_of_every_parameter():
     ],
 )
 def test_learning_rate(iteration, rate):
-    cfg = config("yolact_R_50_550")
+    cfg = PROJECT.config("yolact_R_50_550")
     scheduler = build_scheduler(cfg, build_optimizer(cfg, nn.Linear(1, 1)))
     scheduler.last_epoch = iteration
     assert scheduler.get_lr() == pytest.approx([rate])
@@ -263,7 +247,7 @@ def test_learning_rate(iteration, rate):
 
 def test_learning_rate_follows_the_batch():
     opts = ("SOLVER.IMS_PER_BATCH", 16, "SOLVER.WARMUP_FACTOR", 0.05)
-    cfg = config("yolact_R_50_550", *opts)
+    cfg = PROJECT.config("yolact_R_50_550", *opts)
     scheduler = build_scheduler(cfg, build_optimizer(cfg, nn.Linear(1, 1)))
     # The authors double the rate but not its start.
     assert scheduler.get_lr() == pytest.approx([1e-4])
@@ -277,21 +261,12 @@ def test_learning_rate_follows_the_batch():
 )
 def test_batch_norms_are_trained_from_6_images_on(batch, key, trained):
     opts = ("SOLVER.IMS_PER_BATCH", batch, "MODEL.YOLACT.FREEZE_BN", key)
-    model = build(config("yolact_R_50_550", *opts))
+    model = build(PROJECT.config("yolact_R_50_550", *opts))
     assert {parameter.requires_grad for parameter in norms(model)} == {trained}
 
 
 def test_nuclei_config_keeps_the_protocol():
-    cfg = config("nuclei_yolact_R_18")
-    baseline = instseg_ext.get_config("MaskRCNN/nuclei_mask_rcnn_R_18_FPN")
-    assert cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH == 960
-    assert cfg.MODEL.WEIGHTS == baseline.MODEL.WEIGHTS == ""
-    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (
-        baseline.DATASETS.TRAIN,
-        baseline.DATASETS.TEST,
-    )
-    assert cfg.MODEL.FPN.OUT_CHANNELS == baseline.MODEL.FPN.OUT_CHANNELS
-    assert cfg.INSTSEG.STRETCH == [baseline.INPUT.MIN_SIZE_TEST] * 2
+    cfg = PROJECT.config("nuclei_yolact_R_18")
+    assert_nuclei_protocol(cfg)
     # Fresh norms have to be trained, whatever the batch.
     assert cfg.MODEL.YOLACT.FREEZE_BN == "never"
-    assert count(build(cfg)) < 15e6

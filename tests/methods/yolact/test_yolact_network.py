@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import Backbone, build_backbone
+from methods.project import count
 from torch import nn
 
 import instseg_ext
@@ -60,10 +61,6 @@ def pyramid(channels=8, sizes=((7, 9), (4, 5), (2, 3), (1, 2), (1, 1)), num=2):
     return {
         name: torch.randn(num, channels, *size) for name, size in zip(LEVELS, sizes, strict=True)
     }
-
-
-def count(*modules):
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 # --- counts --------------------------------------------------------------------------------------
