@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-__all__ = ["decode_masks", "encode_masks", "is_rle", "rle_boxes", "segmentation_rle"]
+__all__ = [
+    "decode_masks",
+    "encode_masks",
+    "encode_runs",
+    "is_rle",
+    "rle_boxes",
+    "segmentation_rle",
+]
 
 _PIECE_BYTES = 2**20
 
@@ -46,7 +53,35 @@ def encode_masks(masks: torch.Tensor | np.ndarray) -> list[dict[str, Any]]:
     height, width = stack.shape[1:]
     if len(stack) == 0 or height == 0 or width == 0:
         return [{"size": [height, width], "counts": ""} for _ in stack]
-    plain = [{"size": [height, width], "counts": _run_lengths(mask)} for mask in stack]
+    return _compress([_run_lengths(mask) for mask in stack], height, width)
+
+
+def encode_runs(runs: np.ndarray, num: int, size_hw: tuple[int, int]) -> list[dict[str, Any]]:
+    """Encode masks that are known as runs of pixels.
+
+    Args:
+        runs: (S, 3) int64: index of the mask, first pixel, one past the last pixel; pixels are
+            numbered down the columns. Sorted; runs of one mask do not touch.
+        num: N masks; those without a run are empty.
+        size_hw: (H, W).
+
+    Returns:
+        As ``encode_masks``.
+    """
+    if num == 0:
+        return []
+    height, width = size_hw
+    splits = np.searchsorted(runs[:, 0], np.arange(1, num))
+    lengths = []
+    for bounds in np.split(runs[:, 1:], splits):
+        counts = np.diff(np.concatenate(([0], bounds.ravel(), [height * width])))
+        lengths.append(counts if counts[-1] else counts[:-1])
+    return _compress(lengths, height, width)
+
+
+def _compress(lengths: list[np.ndarray], height: int, width: int) -> list[dict[str, Any]]:
+    """Compress the run lengths of N masks, background first."""
+    plain = [{"size": [height, width], "counts": counts} for counts in lengths]
     encoded = coco_mask.frPyObjects(plain, height, width)
     for rle in encoded:
         rle["size"] = [height, width]
