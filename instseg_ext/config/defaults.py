@@ -44,6 +44,10 @@ def add_shared_config(cfg: CfgNode) -> None:
     # = off. Goes with INPUT.MIN_SIZE_TEST 0, so that detectron2's own predictor leaves the resize
     # to the model.
     _C.INSTSEG.STRETCH = [0, 0]
+    # Training only: [low, high], both included; each image is stretched to a height drawn from
+    # these whole numbers instead of STRETCH's, to the same width. [] = off. For methods that train
+    # at several sizes.
+    _C.INSTSEG.STRETCH_HEIGHTS = []
 
     # Arithmetic of training and inference: fp32, fp16 (CUDA only), bf16. Losses, NMS and geometry
     # stay in fp32. SOLVER.AMP.ENABLED, detectron2's key, is read as fp16 on CUDA and bf16 on CPU
@@ -63,6 +67,10 @@ def add_shared_config(cfg: CfgNode) -> None:
     # sgd (SOLVER.MOMENTUM, SOLVER.NESTEROV) or adamw. Learning rate and weight decay come from
     # SOLVER.
     _C.INSTSEG.OPTIMIZER = "sgd"
+    # True, as in detectron2: SOLVER.BIAS_LR_FACTOR and WEIGHT_DECAY_BIAS hold for the biases of
+    # normalisation layers, too. False, as in mmdetection: these biases are treated like the weights
+    # beside them, at the plain rate and WEIGHT_DECAY_NORM.
+    _C.INSTSEG.NORM_BIASES_ARE_BIASES = True
     # L2 norm to which the gradient of the whole model is clipped; 0.0 = off.
     # (SOLVER.CLIP_GRADIENTS with type "norm" clips every parameter by itself.)
     _C.INSTSEG.CLIP_GRAD_NORM = 0.0

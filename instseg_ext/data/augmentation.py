@@ -138,16 +138,27 @@ class StretchTransform(Transform):
 
 
 class Stretch(T.Augmentation):
-    """Always stretch to one size."""
+    """Always stretch to one size, or to one width and a random height."""
 
-    def __init__(self, size_hw: tuple[int, int]):
-        """Keep the (height, width) of the result."""
+    def __init__(self, size_hw: tuple[int, int], heights: tuple[int, int] | None = None):
+        """Keep the sizes.
+
+        Args:
+            size_hw: (height, width) of the result.
+            heights: lowest and highest height of the result, drawn uniformly instead of
+                ``size_hw[0]``; None = off.
+        """
         super().__init__()
         self.size_hw = (int(size_hw[0]), int(size_hw[1]))
+        self.heights = heights
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Return the transform for an image of this size."""
-        return StretchTransform(*image.shape[:2], *self.size_hw)
+        """Return the transform for an image of this size; draws the height."""
+        height, width = self.size_hw
+        if self.heights is not None:
+            low, high = self.heights
+            height = int(np.random.randint(low, high + 1))  # noqa: NPY002 - detectron2's state
+        return StretchTransform(*image.shape[:2], height, width)
 
 
 def build_augmentations(
@@ -164,11 +175,12 @@ def build_augmentations(
     saturation: Sequence[float] = (),
     ssd: Sequence[T.Augmentation] = (),
     stretch_hw: Sequence[int] = (0, 0),
+    stretch_heights: Sequence[int] = (),
 ) -> list[T.Augmentation]:
     """Make the list of augmentations, in the order in which they are applied.
 
     The resize comes late because the file's resolution is usually the smaller one; the stretch is
-    last, so that the model's input always has its size.
+    last, so that the model's input has its size.
 
     Args:
         min_size: shortest sides in pixels to choose from (or to draw between); 0 = no resize.
@@ -184,6 +196,8 @@ def build_augmentations(
         ssd: those of :func:`ssd_augmentations`; they come after the factors above, because they
             give float images, and before everything that moves pixels.
         stretch_hw: (height, width) of the stretch; (0, 0) = off.
+        stretch_heights: lowest and highest height to stretch to, drawn uniformly instead of
+            ``stretch_hw[0]``; empty = off.
 
     Raises:
         ValueError: if a value is not allowed; the message names the config key.
@@ -218,14 +232,31 @@ def build_augmentations(
         augmentations.append(RandomRotate90())
     if max(min_size) > 0:
         augmentations.append(T.ResizeShortestEdge(tuple(min_size), max_size, sampling))
-    if any(stretch_hw):
-        if len(stretch_hw) != 2 or min(stretch_hw) <= 0:
-            raise ValueError(
-                f"INSTSEG.STRETCH is [height, width], both positive, or [0, 0], not "
-                f"{list(stretch_hw)}."
-            )
-        augmentations.append(Stretch((stretch_hw[0], stretch_hw[1])))
+    if any(stretch_hw) or len(stretch_heights):
+        augmentations.append(_build_stretch(stretch_hw, stretch_heights))
     return augmentations
+
+
+def _build_stretch(size_hw: Sequence[int], heights: Sequence[int]) -> Stretch:
+    """Check the values of ``INSTSEG.STRETCH`` and ``INSTSEG.STRETCH_HEIGHTS``, one of them set."""
+    if not any(size_hw):
+        raise ValueError(
+            f"INSTSEG.STRETCH_HEIGHTS is {list(heights)}, which needs INSTSEG.STRETCH for the "
+            "width and for the size of inference."
+        )
+    if len(size_hw) != 2 or min(size_hw) <= 0:
+        raise ValueError(
+            f"INSTSEG.STRETCH is [height, width], both positive, or [0, 0], not {list(size_hw)}."
+        )
+    if not len(heights):
+        return Stretch((size_hw[0], size_hw[1]))
+    whole = all(isinstance(height, int) for height in heights)
+    if len(heights) != 2 or not whole or not 0 < heights[0] <= heights[1]:
+        raise ValueError(
+            "INSTSEG.STRETCH_HEIGHTS is [] or [low, high], two whole numbers with 0 < low <= high, "
+            f"not {list(heights)}."
+        )
+    return Stretch((size_hw[0], size_hw[1]), (heights[0], heights[1]))
 
 
 def ssd_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
@@ -291,4 +322,5 @@ def augmentation_kwargs(cfg: CfgNode, is_train: bool) -> dict:
         "saturation": extra.SATURATION,
         "ssd": ssd_augmentations(cfg),
         "stretch_hw": cfg.INSTSEG.STRETCH,
+        "stretch_heights": cfg.INSTSEG.STRETCH_HEIGHTS,
     }

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRScheduler, build_lr_scheduler
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import (
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+    reduce_param_groups,
+)
 from detectron2.utils import comm
 from torch import nn
 
@@ -25,6 +30,19 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# What detectron2 applies WEIGHT_DECAY_NORM to.
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+)
 
 # Statistics of fewer images than this make batch normalisation unreliable.
 TINY_BATCH = 4
@@ -50,32 +68,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` replace the weight decay of their parameters;
     ``BIAS_LR_FACTOR`` and, where the config has it, ``BACKBONE_MULTIPLIER`` multiply the rate.
+    ``INSTSEG.NORM_BIASES_ARE_BIASES`` says which of them hold for biases of normalisation layers.
     ``SOLVER.CLIP_GRADIENTS`` clips per parameter, as in detectron2.
 
     Args:
-        cfg: needs ``SOLVER`` and ``INSTSEG.OPTIMIZER``.
+        cfg: needs ``SOLVER`` and ``INSTSEG``.
         model: parameters of its ``backbone`` get the backbone's rate.
 
     Raises:
         ValueError: if ``INSTSEG.OPTIMIZER`` is unknown.
     """
     kind = check_choice("INSTSEG.OPTIMIZER", cfg.INSTSEG.OPTIMIZER, ("sgd", "adamw"))
-    rate = effective_rate(cfg)
-    backbone = cfg.SOLVER.get("BACKBONE_MULTIPLIER", 1.0)
-    bias = cfg.SOLVER.BIAS_LR_FACTOR
-
-    def factor(name: str) -> float:
-        of_bias = bias if name.rpartition(".")[2] == "bias" else 1.0
-        return of_bias * (backbone if name.startswith("backbone.") else 1.0)
-
-    groups = get_default_optimizer_params(
-        model,
-        base_lr=rate,
-        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        lr_factor_func=factor,
-    )
-    decay = cfg.SOLVER.WEIGHT_DECAY
+    rate, decay = effective_rate(cfg), cfg.SOLVER.WEIGHT_DECAY
+    groups = _parameter_groups(cfg, model, rate)
     if kind == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
     else:
@@ -87,6 +92,40 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             weight_decay=decay,
         )
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _parameter_groups(cfg: CfgNode, model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters with their rates and weight decays."""
+    solver = cfg.SOLVER
+    backbone = solver.get("BACKBONE_MULTIPLIER", 1.0)
+    norm_biases = {}
+    if not cfg.INSTSEG.NORM_BIASES_ARE_BIASES:
+        norm_biases = {
+            f"{name}.bias": module.bias
+            for name, module in model.named_modules()
+            if isinstance(module, _NORMS) and module.bias is not None and module.bias.requires_grad
+        }
+
+    def factor(name: str) -> float:
+        is_bias = name.rpartition(".")[2] == "bias" and name not in norm_biases
+        of_bias = solver.BIAS_LR_FACTOR if is_bias else 1.0
+        return of_bias * (backbone if name.startswith("backbone.") else 1.0)
+
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=rate,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=factor,
+    )
+    if not norm_biases:
+        return groups
+    decay = solver.WEIGHT_DECAY if solver.WEIGHT_DECAY_NORM is None else solver.WEIGHT_DECAY_NORM
+    # detectron2 knows the biases' decay by the parameter's name alone; of two values for one
+    # parameter the later one holds.
+    return reduce_param_groups(
+        [*groups, {"params": list(norm_biases.values()), "weight_decay": decay}]
+    )
 
 
 def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:

@@ -19,6 +19,7 @@ from instseg_ext.modeling.runtime import RuntimeMixin, RuntimeOptions
 __all__ = [
     "DenseInstanceSegmenter",
     "dense_arguments",
+    "one_stretch_size",
     "output_size",
     "register_meta_architecture",
 ]
@@ -41,18 +42,46 @@ def register_meta_architecture(cls: type) -> type:
     return cls
 
 
-def dense_arguments(cfg: CfgNode) -> dict[str, Any]:
+def dense_arguments(cfg: CfgNode, *, random_heights: bool = False) -> dict[str, Any]:
     """Return the constructor arguments that every dense model reads from a config the same way.
 
     All of ``DenseInstanceSegmenter.__init__`` but ``head``.
+
+    Args:
+        cfg: full config.
+        random_heights: the method trains at the heights of ``INSTSEG.STRETCH_HEIGHTS``, too. Then
+            the result has ``stretch_in_training``.
+
+    Raises:
+        ValueError: if ``INSTSEG.STRETCH_HEIGHTS`` is set without ``random_heights``.
     """
-    return {
+    arguments = {
         "backbone": build_backbone(cfg),
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
-        "stretch_size": tuple(cfg.INSTSEG.STRETCH),
         "runtime": RuntimeOptions.from_config(cfg),
     }
+    if not random_heights:
+        return {**arguments, "stretch_size": one_stretch_size(cfg)}
+    return {
+        **arguments,
+        "stretch_size": tuple(cfg.INSTSEG.STRETCH),
+        "stretch_in_training": len(cfg.INSTSEG.STRETCH_HEIGHTS) == 0,
+    }
+
+
+def one_stretch_size(cfg: CfgNode) -> tuple[int, int]:
+    """Return ``INSTSEG.STRETCH`` for a model that also trains at that size.
+
+    Raises:
+        ValueError: if ``INSTSEG.STRETCH_HEIGHTS`` asks for other sizes in training.
+    """
+    if len(cfg.INSTSEG.STRETCH_HEIGHTS):
+        raise ValueError(
+            f"INSTSEG.STRETCH_HEIGHTS must be [] for {cfg.MODEL.META_ARCHITECTURE}, which trains "
+            f"at the one size INSTSEG.STRETCH, but is {list(cfg.INSTSEG.STRETCH_HEIGHTS)}."
+        )
+    return tuple(cfg.INSTSEG.STRETCH)
 
 
 def output_size(batched_input: dict, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -79,6 +108,7 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         stretch_size: tuple[int, int] = (0, 0),
+        stretch_in_training: bool = True,
         runtime: RuntimeOptions | None = None,
     ) -> None:
         """Keep the parts.
@@ -90,6 +120,7 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
             pixel_std: likewise.
             stretch_size: (height, width) to which each image is stretched before batching; (0, 0) =
                 off.
+            stretch_in_training: False leaves training images as the mapper gives them.
             runtime: precision, memory format, mask options; default options if None.
         """
         super().__init__()
@@ -100,6 +131,7 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
         )
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.stretch_size = stretch_size
+        self.stretch_in_training = stretch_in_training
         self.init_runtime(runtime or RuntimeOptions())
 
     @property
@@ -118,7 +150,7 @@ class DenseInstanceSegmenter(RuntimeMixin, nn.Module, ABC):
             model's memory format; ``image_sizes`` are the sizes before padding.
         """
         images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
-        if any(self.stretch_size):
+        if any(self.stretch_size) and (self.stretch_in_training or not self.training):
             # Stretch before normalising, as the training mapper does: both then give the same
             # tensor.
             images = [stretch(image, self.stretch_size) for image in images]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from instseg_ext.layers.mask_paste import iter_pasted_masks
 from instseg_ext.layers.reduce import mean_over_processes
 from instseg_ext.layers.stretch import stretch
-from instseg_ext.modeling.dense import output_size
+from instseg_ext.modeling.dense import one_stretch_size, output_size
 from instseg_ext.modeling.masks import collect_masks
 from instseg_ext.modeling.poolers import build_pooler
 from instseg_ext.modeling.runtime import RuntimeMixin, RuntimeOptions
@@ -61,7 +61,7 @@ class InstSegRCNN(RuntimeMixin, GeneralizedRCNN):
         """Return the constructor arguments."""
         arguments = super().from_config(cfg)
         arguments["runtime"] = RuntimeOptions.from_config(cfg)
-        arguments["stretch_size"] = tuple(cfg.INSTSEG.STRETCH)
+        arguments["stretch_size"] = one_stretch_size(cfg)
         return arguments
 
     def _logit_modules(self) -> Iterator[nn.Module]:

@@ -20,6 +20,7 @@ from instseg_ext.data.augmentation import (
     build_augmentations,
 )
 from instseg_ext.data.mapper import mask_boxes, transform_masks
+from instseg_ext.data.stream import seeded
 from instseg_ext.layers.stretch import stretch
 
 
@@ -213,6 +214,31 @@ def test_stretch_of_training_is_that_of_the_model(sample):
     assert out["instances"].gt_masks.tensor.shape[1:] == (24, 40)
 
 
+def test_random_heights_of_the_stretch(sample):
+    cfg = make_cfg(
+        INPUT__MIN_SIZE_TRAIN=(0,),
+        INPUT__MIN_SIZE_TEST=0,
+        INSTSEG__STRETCH=[24, 40],
+        INSTSEG__STRETCH_HEIGHTS=[30, 33],
+    )
+    mapper = build_mapper(cfg, True)
+
+    def sizes(seed):
+        mapped = []
+        for position in range(40):
+            with seeded(seed, position):
+                mapped.append(mapper(sample))
+        assert {out["image"].shape[2] for out in mapped} == {40}
+        assert all(out["instances"].image_size == out["image"].shape[1:] for out in mapped)
+        return [out["image"].shape[1] for out in mapped]
+
+    heights = sizes(0)
+    assert set(heights) == {30, 31, 32, 33}
+    assert sizes(0) == heights
+    assert sizes(1) != heights
+    assert build_mapper(cfg, False)(sample)["image"].shape == (3, 20, 30)
+
+
 def test_stretch_equals_interpolation_by_hand():
     image = torch.tensor([[[0.0, 10.0], [20.0, 30.0]]])
     # Half-pixel centres: output pixel i samples input coordinate (i + 0.5) / 2 - 0.5.
@@ -280,6 +306,15 @@ def test_quarter_turns_all_happen():
     [
         ({"INSTSEG__STRETCH": [64, 64]}, r"INPUT\.MIN_SIZE_TRAIN must be 0"),
         ({"INSTSEG__STRETCH": [64, 0], "INPUT__MIN_SIZE_TRAIN": (0,)}, "both positive"),
+        ({"INSTSEG__STRETCH_HEIGHTS": [40, 48]}, r"STRETCH_HEIGHTS is \[40, 48\].*needs INSTSEG"),
+        *(
+            (
+                {"INPUT__MIN_SIZE_TRAIN": (0,), "INSTSEG__STRETCH": [64, 64]}
+                | {"INSTSEG__STRETCH_HEIGHTS": heights},
+                r"INSTSEG\.STRETCH_HEIGHTS is \[\] or \[low, high\]",
+            )
+            for heights in ([48], [48, 40], [0, 40], [40.5, 48])
+        ),
         ({"INPUT__RANDOM_FLIP": "diagonal"}, r"INPUT\.RANDOM_FLIP"),
         ({"INSTSEG__AUGMENTATIONS__CONTRAST": [1.1]}, r"INSTSEG\.AUGMENTATIONS\.CONTRAST"),
         ({"INSTSEG__AUGMENTATIONS__BRIGHTNESS": [1.1, 0.9]}, r"INSTSEG\.AUGMENTATIONS\.BRIGHTNESS"),

@@ -242,29 +242,52 @@ class Parts(nn.Module):
 
 
 class TestOptimizer:
-    def test_groups_follow_the_config(self, config):
+    @staticmethod
+    def settings(cfg, model):
+        """Rate and weight decay of every parameter."""
+        groups = build_optimizer(cfg, model).param_groups
+        found = {
+            p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
+        }
+        assert len(found) == sum(len(group["params"]) for group in groups)
+        return {name: found[p] for name, p in model.named_parameters()}
+
+    @pytest.mark.parametrize("norm_biases_are_biases", [True, False])
+    def test_groups_follow_the_config(self, config, norm_biases_are_biases):
         cfg = config(
             "SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.WEIGHT_DECAY_NORM", 0.0,
             "SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.5,
+            "INSTSEG.NORM_BIASES_ARE_BIASES", norm_biases_are_biases,
         )  # fmt: skip
         cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
-        model = Parts()
-        found = {
-            p: (group["lr"], group["weight_decay"])
-            for group in build_optimizer(cfg, model).param_groups
-            for p in group["params"]
-        }
-        got = {name: found[p] for name, p in model.named_parameters()}
+        got = self.settings(cfg, Parts())
         want = {
             "backbone.0.weight": (0.01, 0.01),
             "backbone.0.bias": (0.02, 0.5),
             "backbone.1.weight": (0.01, 0.0),
-            "backbone.1.bias": (0.02, 0.5),
+            "backbone.1.bias": (0.02, 0.5) if norm_biases_are_biases else (0.01, 0.0),
             "head.weight": (0.1, 0.01),
             "head.bias": (0.2, 0.5),
         }
+        assert got.keys() == want.keys()
         for name, pair in want.items():
             assert got[name] == pytest.approx(pair), name
+
+    def test_norm_biases_without_a_decay_of_their_own(self, config):
+        """WEIGHT_DECAY_NORM None, as in a config that leaves it to WEIGHT_DECAY; one is frozen."""
+        cfg = config(
+            "SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.BIAS_LR_FACTOR", 2.0,
+            "SOLVER.WEIGHT_DECAY_BIAS", 0.5, "INSTSEG.NORM_BIASES_ARE_BIASES", False,
+        )  # fmt: skip
+        cfg.SOLVER.WEIGHT_DECAY_NORM = None
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3, bias=False), nn.Linear(3, 3))
+        got = self.settings(cfg, model)
+        assert got.pop("2.bias") == (0.2, 0.5)
+        assert len(got) == 4
+        assert set(got.values()) == {(0.1, 0.01)}
+        model.append(nn.GroupNorm(1, 3).requires_grad_(False))
+        groups = build_optimizer(cfg, model).param_groups
+        assert sum(len(group["params"]) for group in groups) == 5
 
     @pytest.mark.parametrize(
         ("name", "cls"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)]
