@@ -71,7 +71,7 @@ def convert_with_variant(
             report,
         )
     variant = found.describe(shapes_of(mapped.weights))
-    report.variant, report.notes = variant.text, variant.notes
+    report.variant, report.notes = variant.text, (*mapped.notes, *variant.notes)
     report.config, report.opts = variant.config, variant.opts
     return mapped.weights, report, variant
 

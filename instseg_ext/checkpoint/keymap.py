@@ -38,11 +38,13 @@ class Rename:
         source: name in the file, with holes.
         target: name here; it may use each hole of ``source`` any number of times.
         transform: changes the tensor, for layouts that differ (order of classes, of axes).
+        note: a sentence for the report of a file that the rule concerns.
     """
 
     source: str
     target: str
     transform: Callable[[Tensor], Tensor] | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a target that asks for what the source does not give."""
@@ -98,12 +100,14 @@ class Mapped:
         renamed: new name by old name.
         dropped: reason by old name.
         leftovers: old names that no rule concerns.
+        notes: of the rules that were applied, each once.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     leftovers: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class KeyMap:
@@ -144,6 +148,8 @@ class KeyMap:
                 mapped.renamed[name] = target
                 tensor = as_tensor(name, value)
                 mapped.weights[target] = rule.transform(tensor) if rule.transform else tensor
+                if rule.note and rule.note not in mapped.notes:
+                    mapped.notes.append(rule.note)
         return mapped
 
     def _decide(self, name: str) -> tuple[Rename | Drop | None, str | None]:

@@ -20,7 +20,7 @@ class Report:
         variant: what was recognised, in words.
         config: name of the config that fits; empty if none does, or for a backbone.
         opts: ``(key, value, key, value, ...)``, what differs from that config.
-        notes: what the weights cannot tell and the user should know.
+        notes: what the user should know: what the weights cannot tell, what was changed in them.
         mapped: new name by old name.
         dropped: reason by old name. Entries beside the state dict (``optimizer``) are in it, too.
         missing: names of the model that the file lacks.

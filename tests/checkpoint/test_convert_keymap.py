@@ -93,6 +93,11 @@ def test_a_transform_changes_the_tensor_it_belongs_to():
     assert weights["d"].tolist() == numbers.tolist() == [0, 1, 2]
 
 
+def test_a_note_is_made_once_by_a_rule_that_was_applied():
+    rules = [Rename("a.{q}", "b.{q}", note="turned."), Rename("c", "d", note="never.")]
+    assert KeyMap(rules).apply({"a.0": ONE, "a.1": ONE}).notes == ["turned."]
+
+
 def test_arrays_and_numbers_become_tensors_without_gradient():
     rules = [Rename("{p*}", "x.{p}")]
     state = {
