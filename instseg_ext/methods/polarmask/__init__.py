@@ -2,6 +2,7 @@
 
 from instseg_ext.method import Method
 from instseg_ext.methods.polarmask.config import add_polarmask_config
+from instseg_ext.methods.polarmask.convert import FAMILIES
 
 __all__ = ["METHOD"]
 
@@ -11,4 +12,5 @@ METHOD = Method(
     meta_architectures=("PolarMask",),
     class_count_keys=("MODEL.POLARMASK.NUM_CLASSES",),
     score_threshold_keys=("MODEL.POLARMASK.SCORE_THRESH",),
+    converters=FAMILIES,
 )
