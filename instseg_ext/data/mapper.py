@@ -18,7 +18,8 @@ from instseg_ext.data.augmentation import (
     augmentation_kwargs,
     build_augmentations,
 )
-from instseg_ext.data.segmentation import compress_rle, decode_masks, rasterise_polygons
+from instseg_ext.data.mask_crops import transform_mask_crops
+from instseg_ext.data.segmentation import compress_rle
 
 __all__ = [
     "InstSegDatasetMapper",
@@ -241,15 +242,9 @@ def transform_masks(
         (M, h, w) bool.
     """
     masks = np.zeros((len(segmentations), *size_hw), dtype=bool)
-    polygons = [i for i, s in enumerate(segmentations) if isinstance(s, (list, tuple))]
-    rasters = [i for i, s in enumerate(segmentations) if not isinstance(s, (list, tuple))]
-    if polygons:
-        moved = _transform_polygons([segmentations[i] for i in polygons], transforms)
-        for i, parts in zip(polygons, moved, strict=True):
-            masks[i] = rasterise_polygons(parts, *size_hw)
-    if rasters:
-        source = decode_masks([segmentations[i] for i in rasters], source_hw)
-        masks[rasters] = _resample(source, transforms)
+    crops = transform_mask_crops(segmentations, transforms, source_hw, size_hw)
+    for mask, crop in zip(masks, crops, strict=True):
+        crop.paste(mask)
     return torch.from_numpy(masks)
 
 
@@ -260,36 +255,6 @@ def _segmentation_box(segmentation: list | dict) -> list[float]:
         return [x, y, x + width, y + height]
     points = np.concatenate([np.reshape(part, (-1, 2)) for part in segmentation])
     return [*points.min(axis=0), *points.max(axis=0)]
-
-
-def _transform_polygons(
-    polygons: list[Sequence[Sequence[float]]], transforms: T.TransformList
-) -> list[list[np.ndarray]]:
-    """Transform the points of all polygons of an image in one call."""
-    # Not apply_polygons: detectron2's crop needs shapely there, and drawing cuts at the border
-    # anyway.
-    flat = [np.asarray(p, dtype=np.float64).reshape(-1, 2) for parts in polygons for p in parts]
-    moved = transforms.apply_coords(np.concatenate(flat))
-    pieces = iter(np.split(moved, np.cumsum([len(p) for p in flat])[:-1]))
-    return [[next(pieces) for _ in parts] for parts in polygons]
-
-
-def _resample(source: np.ndarray, transforms: T.TransformList) -> np.ndarray:
-    """Carry (M, H, W) masks through a transform, to the nearest pixel.
-
-    An image that numbers the source pixels is transformed once, and all masks are read through it.
-    Its numbers are spread over four uint8 channels, because only uint8 images are resized about
-    pixel centres by detectron2; number 0 marks what a transform padded.
-    """
-    count, height, width = source.shape
-    numbers = np.arange(1, height * width + 1, dtype="<u4").reshape(height, width)
-    channels = numbers.view(np.uint8).reshape(height, width, 4)
-    moved = np.ascontiguousarray(transforms.apply_segmentation(channels))
-    lookup = moved.view("<u4")[..., 0]
-    lookup = np.where(lookup > height * width, 0, lookup)  # padding in another value than 0
-    table = np.zeros((count, height * width + 1), dtype=bool)
-    table[:, 1:] = source.reshape(count, -1)
-    return table[:, lookup]
 
 
 def mask_boxes(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
