@@ -92,7 +92,7 @@ def _compress(lengths: list[np.ndarray], height: int, width: int) -> list[dict[s
 def _run_lengths(mask: np.ndarray) -> np.ndarray:
     """Give alternating run lengths, background first, of one (H, W) bool mask by column."""
     height, width = mask.shape
-    box = _tight_box(mask)
+    box = tight_box(mask)
     if box is None:
         return np.array([height * width], dtype=np.int64)
     left, top, right, bottom = box
@@ -133,10 +133,16 @@ def _column_changes(box: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+def tight_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     """Give XYXY, far sides exclusive, of one (H, W) bool mask, or ``None`` if it is empty.
 
     The first pass goes along memory, whichever axis that is; the second sees a part only.
+
+    Args:
+        mask: (H, W) bool; H or W may be 0.
+
+    Returns:
+        Left, top, right, bottom in pixels.
     """
     by_column = mask.flags.f_contiguous
     lines = mask.T if by_column else mask
