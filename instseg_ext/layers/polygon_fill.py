@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from instseg_ext.layers.mask_ops import RLEList
+from instseg_ext.structures.contours import expand_ragged
 from instseg_ext.structures.rle import encode_runs
 
 __all__ = ["fill_polygons", "polygon_runs", "polygons_to_rle"]
@@ -84,19 +85,13 @@ def _part_runs(
     base = torch.arange(len(polygons), device=edge.device).repeat_interleave(polygons.shape[1])
     base = base * stride + begin[:, scan] * line_length + begin[:, other]
 
-    row, j = _ragged(step[:, scan].abs() + 1)
+    lines = step[:, scan].abs() + 1
+    row, j = expand_ragged(torch.zeros_like(lines), lines)
     line_step, place_step = step[:, scan][row], step[:, other][row]
     place = base[row] + line_step.sign() * j * line_length
     spans = _spans(place, place_step, line_step, j)
     borders = _borders(place, place_step, line_step, j)
     return _union(torch.cat([spans, borders], dim=1))
-
-
-def _ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each of ``counts.sum()`` items its group and its number, from 0, in the group."""
-    group = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    starts = counts.cumsum(0) - counts
-    return group, torch.arange(len(group), device=counts.device) - starts[group]
 
 
 def _spans(place: Tensor, place_step: Tensor, line_step: Tensor, j: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from instseg_ext.layers.mask_ops import (
     tight_boxes,
 )
 from instseg_ext.layers.mask_resize import ThresholdedResize, axis_map, exact_float32_matmul
+from instseg_ext.layers.polygon_fill import fill_polygons, polygons_to_rle
 from instseg_ext.structures.rle import rle_boxes
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "encode_rle",
     "iter_masks",
     "masks_to_instances",
+    "polygons_to_instances",
     "tight_boxes",
 ]
 
@@ -234,6 +236,16 @@ def _check_size(found: Sequence[int], wanted: Sequence[int]) -> None:
         )
 
 
+def _check_output(output: str) -> None:
+    """Refuse an unknown form of masks.
+
+    Raises:
+        ValueError: naming the config key.
+    """
+    if output not in ("bool", "rle"):
+        raise ValueError(f'INSTSEG.MASK_OUTPUT must be "bool" or "rle", got {output!r}')
+
+
 def collect_masks(
     chunks: Iterator[tuple[slice, Tensor]],
     num: int,
@@ -262,8 +274,7 @@ def collect_masks(
     Raises:
         ValueError: if ``output`` is neither "bool" nor "rle", or a mask is not of the image's size.
     """
-    if output not in ("bool", "rle"):
-        raise ValueError(f'INSTSEG.MASK_OUTPUT must be "bool" or "rle", got {output!r}')
+    _check_output(output)
     rles, boxes = RLEList(), [empty_boxes(device)]
     in_place = stack is not None
     if output == "bool" and not in_place:
@@ -329,9 +340,55 @@ def masks_to_instances(
         with_boxes=boxes is None,
         stack=stack,
     )
+    return _instances(image_size, tight if boxes is None else boxes, scores, classes, masks)
+
+
+def polygons_to_instances(
+    polygons: Tensor,
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    *,
+    image_size: tuple[int, int],
+    output: str = "bool",
+) -> Instances:
+    """Turn polygons into detections at the original size.
+
+    Vertices are cut to integers, towards zero, and filled by the rule of ``layers.polygon_fill``.
+
+    Args:
+        polygons: (N, V, 2) float, (x, y) pixel indices of the original image; vertices beyond its
+            border are moved to the border.
+        boxes: (N, 4) XYXY at the original size.
+        scores: (N,) float.
+        classes: (N,) integer in [0, K).
+        image_size: (H0, W0) of the original image.
+        output: see ``masks_to_instances``. For "rle" no mask is ever drawn.
+
+    Returns:
+        As ``masks_to_instances``, and ``pred_polygons``: the polygons, not cut to integers, as
+        (N, V, 2) float32.
+    """
+    _check_output(output)
+    height, width = image_size = (int(image_size[0]), int(image_size[1]))
+    border = polygons.new_tensor([width - 1, height - 1])
+    vertices = torch.minimum(polygons.clamp(min=0), border).long()
+    fill = fill_polygons if output == "bool" else polygons_to_rle
+    result = _instances(image_size, boxes, scores, classes, fill(vertices, image_size))
+    result.pred_polygons = polygons.float()
+    return result
+
+
+def _instances(
+    image_size: tuple[int, int],
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    masks: Tensor | RLEList,
+) -> Instances:
     result = Instances(image_size)
-    result.pred_boxes = Boxes(tight if boxes is None else boxes)
+    result.pred_boxes = Boxes(boxes)
     result.scores = scores.float()
     result.pred_classes = classes.long()
-    result.set("pred_masks" if output == "bool" else "pred_masks_rle", masks)
+    result.set("pred_masks" if isinstance(masks, Tensor) else "pred_masks_rle", masks)
     return result

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode as CN  # noqa: N817
 
-__all__ = ["add_polarmask_config"]
+from instseg_ext.config import check_choice
+
+__all__ = ["add_polarmask_config", "check_settings"]
 
 
 def add_polarmask_config(cfg: CN) -> None:
@@ -99,3 +101,38 @@ def add_polarmask_config(cfg: CN) -> None:
     _C.MODEL.POLARMASK.NMS_THRESH = 0.5
     # Boxes that overlap: box (of the box branch) or mask (around the polygon).
     _C.MODEL.POLARMASK.NMS_ON = "box"
+
+
+def check_settings(node: CN) -> None:
+    """Refuse settings of ``MODEL.POLARMASK`` that contradict each other.
+
+    Raises:
+        ValueError: naming the keys.
+    """
+    prefix = "MODEL.POLARMASK."
+    check_choice(prefix + "RAY_TARGET", node.RAY_TARGET, ("bins", "exact"))
+    if list(node.SIZE_RANGES) != sorted(node.SIZE_RANGES):
+        raise ValueError(f"{prefix}SIZE_RANGES must rise, not be {list(node.SIZE_RANGES)}.")
+    if node.NMS_ON == "box" and not node.WITH_BOX:
+        raise ValueError(f"{prefix}WITH_BOX False needs {prefix}NMS_ON mask.")
+    if node.WITH_MASK:
+        rays = node.NUM_RAYS
+        if rays < 3 or 360 % rays:
+            raise ValueError(f"{prefix}NUM_RAYS must divide 360 and be at least 3, not {rays}.")
+        quarters = [
+            f"{prefix}{key} {value}"
+            for key, value in (("RAY_ORIGIN", node.RAY_ORIGIN), ("CENTERNESS", node.CENTERNESS))
+            if value in ("left", "soft")
+        ]
+        if quarters and rays % 4:
+            raise ValueError(
+                f"{' and '.join(quarters)} need {prefix}NUM_RAYS divisible by 4, not {rays}."
+            )
+        return
+    if node.CENTERNESS in ("polar", "soft"):
+        raise ValueError(
+            f"{prefix}WITH_MASK False leaves no rays for CENTERNESS {node.CENTERNESS}: use fcos or "
+            "none."
+        )
+    if node.NMS_ON == "mask":
+        raise ValueError(f"{prefix}WITH_MASK False needs {prefix}NMS_ON box.")
