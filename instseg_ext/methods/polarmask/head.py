@@ -70,7 +70,7 @@ def to_reference_layout(raw: PolarMaskOutputs) -> dict[str, list[Tensor]]:
     }
 
 
-class Scale(nn.Module):
+class _Scale(nn.Module):
     """A factor that is learned, 1 at the start."""
 
     def __init__(self) -> None:
@@ -87,8 +87,7 @@ class PolarMaskHead(nn.Module):
     """Towers for classes, boxes and rays (Sec. 3 of arXiv:1909.13226), shared over levels.
 
     Only the factors of the logarithms differ from level to level. The box branch has a tower of its
-    own and the quality branch is on that of the classes, as in the authors' code and the published
-    weights; the paper's figure draws it otherwise.
+    own, as in the authors' code and the published weights, where the paper draws two towers.
     """
 
     def __init__(
@@ -146,12 +145,12 @@ class PolarMaskHead(nn.Module):
         if with_box:
             self.box_tower = build_tower(channels, width, num_convs, norm, where)
             self.box_pred = build_predictor(width, 4, 0.0)
-            self.scales_box = nn.ModuleList(Scale() for _ in in_features)
+            self.scales_box = nn.ModuleList(_Scale() for _ in in_features)
         self.mask_tower = self.ray_pred = self.scales_ray = None
         if with_mask:
             self.mask_tower = build_tower(channels, width, num_convs, norm, where)
             self.ray_pred = build_predictor(width, num_rays, 0.0)
-            self.scales_ray = nn.ModuleList(Scale() for _ in in_features)
+            self.scales_ray = nn.ModuleList(_Scale() for _ in in_features)
 
     def forward(self, features: Mapping[str, Tensor]) -> PolarMaskOutputs:
         """Compute the raw outputs.
