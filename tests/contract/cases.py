@@ -26,6 +26,7 @@ TINY_YOLACT = (
     "INPUT.MIN_SIZE_TRAIN", (0,),
     "INPUT.MIN_SIZE_TEST", 0,
 )  # fmt: skip
+TINY_POLARMASK = ("MODEL.POLARMASK.WIDTH", 32, "MODEL.POLARMASK.NUM_CONVS", 1)
 # Fresh masks of the first SOLO are at the prior everywhere: put them above the mask threshold, also
 # as a product of two, and the scores below theirs.
 FULL_MASKS = (*TINY_SOLO, "MODEL.SOLO.PRIOR_PROB", 0.8, "MODEL.SOLO.SCORE_THRESH", 0.99)
@@ -70,6 +71,19 @@ CASES = [
         "YOLACT++",
         "YOLACT/nuclei_yolact_R_18",
         (*TINY_YOLACT, "MODEL.YOLACT.MASK_IOU.ENABLED", True),
+    ),
+    Case("PolarMask", "PolarMask/nuclei_polarmask_R_18_FPN", TINY_POLARMASK, sees_padding=True),
+    # What PolarMask++ changes: no box branch, suppression on the polygons, soft centerness.
+    Case(
+        "PolarMask++",
+        "PolarMask/nuclei_polarmask_R_18_FPN",
+        (
+            *TINY_POLARMASK,
+            "MODEL.POLARMASK.WITH_BOX", False,
+            "MODEL.POLARMASK.NMS_ON", "mask",
+            "MODEL.POLARMASK.CENTERNESS", "soft",
+        ),
+        sees_padding=True,
     ),
     Case(
         "MaskRCNN",
