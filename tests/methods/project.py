@@ -43,7 +43,7 @@ class Project:
     def rows(self, first_cell):
         """Return the cells of the page's table rows whose first cell matches."""
         lines = self.text.splitlines()
-        rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+        rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
         return [row for row in rows if re.match(first_cell, row[0])]
 
 
