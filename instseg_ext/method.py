@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-__all__ = ["Figure", "FigurePicture", "Method", "NamedFamily"]
+__all__ = ["Check", "CheckResult", "Figure", "FigurePicture", "Method", "NamedFamily"]
 
 
 class NamedFamily(Protocol):
@@ -64,6 +64,33 @@ class Figure(Protocol):
         """
 
 
+class CheckResult(NamedTuple):
+    """What a check found out.
+
+    Attributes:
+        passed: nothing is wrong.
+        text: what was measured, and what to change if something is wrong; sentences.
+    """
+
+    passed: bool
+    text: str
+
+
+class Check(Protocol):
+    """Tells from pictures without annotations whether a model is used as it was trained."""
+
+    def __call__(self, predictor: Any, pictures: Iterable[np.ndarray]) -> CheckResult:
+        """Run the model.
+
+        Args:
+            predictor: an ``engine.predictor.Predictor``.
+            pictures: (H, W, 3) uint8 BGR, read one by one as they are taken.
+
+        Raises:
+            ValueError: if these pictures cannot decide it; the message says which could.
+        """
+
+
 @dataclass(frozen=True)
 class Method:
     """Everything that commands, trainer and evaluation need to know about one method.
@@ -85,7 +112,7 @@ class Method:
             registers them.
         export_wrapper: what export traces; ``None`` means the method has no export.
         figures: extra figures of ``instseg visualize`` by name, see ``Figure``.
-        commands: extra command stages by name.
+        checks: from a config to the checks of ``instseg check-model`` by name, see ``Check``.
     """
 
     name: str
@@ -99,4 +126,4 @@ class Method:
     converters: tuple[NamedFamily, ...] = ()
     export_wrapper: Callable | None = None
     figures: Mapping[str, Figure] = field(default_factory=dict)
-    commands: Mapping[str, Callable] = field(default_factory=dict)
+    checks: Callable[[Any], Mapping[str, Check]] = lambda cfg: {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,11 @@ __all__ = [
     "add_config_arguments",
     "add_register_argument",
     "config_from_args",
+    "give_back_overrides",
     "typed_config_from_args",
 ]
+
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
 
 
 def add_register_argument(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +61,21 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, weights: bool = Tru
     parser.epilog = (
         "Overrides of the config are typed as KEY VALUE pairs, for example MODEL.DEVICE cpu."
     )
+
+
+def give_back_overrides(args: argparse.Namespace) -> None:
+    """Move ``KEY VALUE`` pairs that ``--input`` swallowed to the overrides.
+
+    Raises:
+        ValueError: if nothing is left of ``--input``.
+    """
+    for index, word in enumerate(args.input):
+        if _KEY.fullmatch(word) and not Path(word).exists():
+            args.opts = [*args.input[index:], *args.opts]
+            args.input = args.input[:index]
+            break
+    if not args.input:
+        raise ValueError("--input names nothing.")
 
 
 def config_from_args(args: argparse.Namespace) -> tuple[CfgNode, Method]:

@@ -73,19 +73,19 @@ def run(args: argparse.Namespace) -> int:
     if args.family != checkpoint.AUTO:
         checkpoint.find_family(args.family)
     try:
-        report, backbone_only = _convert(args)
+        report, how_to_use = _convert(args)
     except checkpoint.ConversionError as error:
         if error.report is not None:
             _write_report(args.report, error.report)
         raise
     _write_report(args.report, report)
     sys.stdout.write(f"{report.full() if args.verbose else report.summary()}\n\n")
-    sys.stdout.write(f"Wrote {args.output}. {_how_to_use(args.output, backbone_only)}\n")
+    sys.stdout.write(f"Wrote {args.output}. {how_to_use}\n")
     return 0
 
 
-def _convert(args: argparse.Namespace) -> tuple[Report, bool]:
-    """Read, rename, compare with the model, write."""
+def _convert(args: argparse.Namespace) -> tuple[Report, str]:
+    """Read, rename, compare with the model, write; returns what to do with the file, too."""
     from instseg_ext import checkpoint
 
     source = _local_file(args.input)
@@ -112,7 +112,7 @@ def _convert(args: argparse.Namespace) -> tuple[Report, bool]:
         backbone_only=variant.backbone_only,
         overwrite=args.overwrite,
     )
-    return report, variant.backbone_only
+    return report, _how_to_use(args.output, None if variant.backbone_only else cfg)
 
 
 def _local_file(name: str) -> str:
@@ -243,7 +243,13 @@ def _write_report(path: str, report: Report) -> None:
         Path(path).write_text(f"{report.full()}\n", encoding="utf-8")
 
 
-def _how_to_use(path: str, backbone_only: bool) -> str:
-    if backbone_only:
+def _how_to_use(path: str, cfg: CfgNode | None) -> str:
+    """Return what to do with the file of a model with this config, or of a backbone."""
+    from instseg_ext import zoo
+
+    if cfg is None:
         return f"Start training from it with MODEL.WEIGHTS {path}."
-    return f"Use it: instseg predict --weights {path} --input PICTURE --output FOLDER"
+    use = f"Use it: instseg predict --weights {path} --input PICTURE --output FOLDER"
+    if not zoo.method_of(cfg).checks(cfg):
+        return use
+    return f"{use}\nCheck it: instseg check-model --weights {path} --input PICTURES"

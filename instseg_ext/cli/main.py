@@ -18,6 +18,7 @@ _COMMANDS = (
     "instseg_ext.cli.train",
     "instseg_ext.cli.predict",
     "instseg_ext.cli.check_dataset",
+    "instseg_ext.cli.check_model",
     "instseg_ext.cli.visualize",
     "instseg_ext.cli.benchmark",
     "instseg_ext.cli.convert",

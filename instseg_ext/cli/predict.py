@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ __all__ = ["add_parser", "run"]
 logger = logging.getLogger(__name__)
 
 RESULTS, IMAGES = "predictions.json", "images.json"
-_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from instseg_ext.engine.predictor import Predictor
 
     setup_logger(name="instseg_ext")
-    _give_back_overrides(args)
+    common.give_back_overrides(args)
     if not args.output and not args.show:
         raise ValueError("--output is missing: name a folder for the results, or ask for --show.")
     if args.show and not compat.has_gui():
@@ -86,17 +84,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--weights is missing: an untrained model finds nothing.")
     predictor = Predictor(cfg, method, threshold=args.confidence_threshold, unsafe=args.unsafe)
     return _Prediction(args, predictor, method).run(sources, outputs)
-
-
-def _give_back_overrides(args: argparse.Namespace) -> None:
-    """Move ``KEY VALUE`` pairs that ``--input`` swallowed to the overrides."""
-    for index, word in enumerate(args.input):
-        if _KEY.fullmatch(word) and not Path(word).exists():
-            args.opts = [*args.input[index:], *args.opts]
-            args.input = args.input[:index]
-            break
-    if not args.input:
-        raise ValueError("--input names nothing.")
 
 
 def _plan(args: argparse.Namespace, sources: list[Source]) -> list[Path | None]:

@@ -65,7 +65,8 @@ def test_help_needs_neither_torch_nor_detectron2():
         [sys.executable, "-c", script], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for command in ("doctor", "train", "predict", "check-dataset", "visualize", "benchmark"):
+    checks = ("doctor", "check-dataset", "check-model")
+    for command in (*checks, "train", "predict", "visualize", "benchmark"):
         assert command in done.stdout
 
 
