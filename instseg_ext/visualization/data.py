@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.structures import Instances
 
-from instseg_ext import data
+from instseg_ext import compat, data
 from instseg_ext.visualization.contact_sheet import contact_sheet, write_image
 from instseg_ext.visualization.draw import DrawStyle, draw_instances
 
 if TYPE_CHECKING:
     from instseg_ext.method import Method
 
-__all__ = ["draw_sample", "draw_training_samples", "sample_pixels"]
+__all__ = ["draw_sample", "draw_training_samples", "sample_masks", "sample_pixels"]
 
 
 def draw_training_samples(
@@ -74,11 +75,33 @@ def sample_pixels(sample: dict, image_format: str) -> np.ndarray:
     return np.ascontiguousarray(rgb[:, :, ::-1])
 
 
+def sample_masks(instances: Instances) -> np.ndarray | None:
+    """Return the masks of a mapped sample.
+
+    Args:
+        instances: on the CPU, with ``gt_masks``, or ``gt_contours`` whose inside is filled, or
+            neither.
+
+    Returns:
+        (M, H, W) bool; None if there are boxes only.
+    """
+    if instances.has("gt_masks"):
+        return instances.gt_masks.tensor.numpy().astype(bool)
+    if not instances.has("gt_contours"):
+        return None
+    contours = instances.gt_contours
+    masks = np.zeros((len(instances), *instances.image_size), dtype=np.uint8)
+    for mask, points in zip(masks, contours.points.split(contours.lengths.tolist()), strict=True):
+        compat.opencv().fillPoly(mask, [points.numpy().astype(np.int32)], 1)
+    return masks.view(bool)
+
+
 def draw_sample(sample: dict, image_format: str, names: list[str]) -> np.ndarray:
     """Draw masks, boxes and class names of one mapped sample over its image.
 
     Args:
-        sample: what a training mapper gives: ``image`` (C, H, W) and ``instances``.
+        sample: what a training mapper gives: ``image`` (C, H, W) and ``instances``; where it has
+            ``boxes_inclusive``, the far sides of its boxes are their last pixels.
         image_format: channel order of the image, ``INPUT.FORMAT``.
         names: class names by contiguous index.
 
@@ -86,10 +109,11 @@ def draw_sample(sample: dict, image_format: str, names: list[str]) -> np.ndarray
         (h, w, 3) uint8 BGR, small images enlarged.
     """
     instances = sample["instances"]
+    last_pixel = np.array([0, 0, 1, 1]) * bool(sample.get("boxes_inclusive", False))
     return draw_instances(
         sample_pixels(sample, image_format),
-        masks=instances.gt_masks.tensor.numpy().astype(bool),
-        boxes=instances.gt_boxes.tensor.numpy(),
+        masks=sample_masks(instances),
+        boxes=instances.gt_boxes.tensor.numpy() + last_pixel,
         classes=instances.gt_classes.tolist(),
         names=names,
         style=DrawStyle(boxes=True, min_side=256),
