@@ -200,8 +200,8 @@ def test_turned_boxes_are_refused():
         (rectangle(10, 10, 20, 13, area=15.1), True),
         (rectangle(10, 10, 19, 19), False),  # 9 x 9
         (rectangle(10, 10, 19, 19, bbox=[10.0, 10.0, 9.0, 10.0]), True),
-        (rectangle(10, 10, 19, 19, bbox=[123.45, 10.0, 10.0, 9.0]), False),  # outside
-        (rectangle(10, 10, 19, 19, bbox=[40.35, 10.0, 10.0, 9.0]), True),  # 50.35 - 40.35 < 10
+        (rectangle(10, 10, 19, 19, bbox=[80.0, 10.0, 10.0, 9.0]), False),  # outside
+        (rectangle(10, 10, 19, 19, bbox=[6.01, 10.0, 10.0, 9.0]), True),  # 16.01 - 6.01 < 10
         (rectangle(10, 10, 25, 11), False),  # 15 pixels, which is also the area
         (rectangle(10, 10, 25, 11, area=16.0), True),
         (rectangle(10, 10, 24, 11, area=99.0), False),  # 14 pixels
