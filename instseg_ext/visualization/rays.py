@@ -91,14 +91,18 @@ def close_up(picture: np.ndarray, points: np.ndarray, width: int, margin: float 
     unit = max(2, int(np.ceil(((high - low) / aspect).max() * (1 + 2 * margin))))
     columns, rows = (aspect * unit).tolist()
     left, top = np.floor((low + high - (columns, rows)) / 2).astype(int).tolist()
-    part = np.full((rows, columns, 3), _PAPER, dtype=np.uint8)
-    x0, y0 = max(left, 0), max(top, 0)
-    x1, y1 = min(left + columns, picture.shape[1]), min(top + rows, picture.shape[0])
-    if x0 < x1 and y0 < y1:
-        part[y0 - top : y1 - top, x0 - left : x1 - left] = picture[y0:y1, x0:x1]
+    height_in, width_in = picture.shape[:2]
+    # The border is repeated beyond the picture and then painted over, so that the enlargement does
+    # not mix it with paper.
+    lines = np.arange(top, top + rows).clip(0, height_in - 1)
+    part = picture[lines][:, np.arange(left, left + columns).clip(0, width_in - 1)]
     mode = cv2.INTER_AREA if width < columns else cv2.INTER_CUBIC
     canvas = cv2.resize(part, (width, width * 4 // 5), interpolation=mode)
-    return View(canvas, (left, top), (width / columns, width / columns))
+    factor = width / columns
+    x0, x1 = (max(0, round((x - left) * factor)) for x in (0, width_in))
+    y0, y1 = (max(0, round((y - top) * factor)) for y in (0, height_in))
+    canvas[:y0] = canvas[y1:] = canvas[:, :x0] = canvas[:, x1:] = _PAPER
+    return View(canvas, (left, top), (factor, factor))
 
 
 def whole_picture(picture: np.ndarray, frame_hw: tuple[int, int], min_side: int) -> View:

@@ -18,12 +18,14 @@ from instseg_ext.evaluation.report import write_json
 from instseg_ext.layers.mask_ops import count_pixels
 from instseg_ext.layers.polygon_fill import fill_polygons
 from instseg_ext.method import FigurePicture
+from instseg_ext.methods.polarmask.inference import Frame
 from instseg_ext.methods.polarmask.polygons import decode_polygons, ray_directions
 from instseg_ext.methods.polarmask.rays import ray_targets
 from instseg_ext.methods.polarmask.upper_bound import (
     CENTRES,
     RAYS,
     TARGETS,
+    input_size,
     object_masks,
     ray_overlaps,
 )
@@ -146,7 +148,8 @@ def _predict(
     images = model.preprocess_image([predictor.to_input(picture)])
     with model.precision():
         raw = model.head(model.backbone(images.tensor))
-    found, size_hw = model.detections(raw, images)[0], images.image_sizes[0]
+    size_hw = images.image_sizes[0]
+    (found,) = model.detections(raw, [Frame(size_hw, picture.shape[:2])])
     points, lengths = found.points.cpu(), found.distances.cpu()
     directions = ray_directions(node.NUM_RAYS, node.RAY_ORIGIN)
     polygons = decode_polygons(points, lengths, directions, size_hw)
@@ -307,11 +310,10 @@ def draw_upper_bound(
 ) -> list[Path]:
     """Plot how well rays can describe the annotated objects, over the number of rays.
 
-    Mean mask IoU of objects with the polygons of their own rays, at the size of the network input:
-    ``INSTSEG.STRETCH``, or that of each picture where this is off.
+    Mean mask IoU of objects with the polygons of their own rays, at the size of the network input.
 
     Args:
-        cfg: read for ``INSTSEG.STRETCH``.
+        cfg: read for that size, see ``input_size``.
         make_predictor: not called; no model is needed.
         pictures: with annotations; those without are passed over.
         folder: where ``upper_bound.json`` and ``upper_bound.png`` go.
@@ -322,13 +324,10 @@ def draw_upper_bound(
     Raises:
         ValueError: if no picture has annotated objects.
     """
-    stretch_hw = tuple(cfg.INSTSEG.STRETCH)
-    stretched = any(stretch_hw)
     parts, used = [], 0
     for _, picture, annotated in tqdm(pictures, disable=None):
-        source_hw = picture.shape[:2]
-        size_hw = stretch_hw if stretched else source_hw
-        masks, _ = object_masks(annotated or [], source_hw, size_hw)
+        size_hw = input_size(cfg, picture.shape[:2])
+        masks, _ = object_masks(annotated or [], picture.shape[:2], size_hw)
         overlaps = ray_overlaps(masks)
         used += overlaps.shape[-1] > 0
         parts.append(overlaps)
@@ -339,18 +338,26 @@ def draw_upper_bound(
             "set with segmentations (--dataset), not --input."
         )
     means, count = overlaps.mean(dim=-1), overlaps.shape[-1]
-    size = "{1} x {0}".format(*stretch_hw) if stretched else "the size of the files"
     files = [Path(folder) / "upper_bound.json", Path(folder) / "upper_bound.png"]
-    summary = {"objects": count, "pictures": used, "input_hw": stretch_hw if stretched else None}
-    write_json(files[0], summary | {"mean_mask_iou": _table(means)}, indent=2)
+    size = _input_words(cfg)
+    summary = {"objects": count, "pictures": used, "input": size, "mean_mask_iou": _table(means)}
+    write_json(files[0], summary, indent=2)
     plot_curves(
         files[1],
         _curves(means),
-        title=f"Upper bound of masks made of rays: {count} objects in {used} pictures at {size}",
+        title=f"Masks of rays at best: {count} objects in {used} pictures, {size}",
         x_label="rays",
         y_label="mean mask IoU with the annotation",
     )
     return files
+
+
+def _input_words(cfg: CfgNode) -> str:
+    """Say at which size pictures are shown to the network."""
+    if any(cfg.INSTSEG.STRETCH):
+        return "{1} x {0}".format(*cfg.INSTSEG.STRETCH)
+    side = cfg.INPUT.MIN_SIZE_TEST
+    return f"shorter side {side}" if side else "size of the file"
 
 
 def _table(means: Tensor) -> list[dict[str, Any]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from instseg_ext.methods.polarmask.polygons import decode_polygons, ray_directio
 from instseg_ext.methods.polarmask.rays import ray_targets
 from instseg_ext.structures.contours import Contours, trace_contours
 
-__all__ = ["CENTRES", "RAYS", "TARGETS", "object_masks", "ray_overlaps"]
+__all__ = ["CENTRES", "RAYS", "TARGETS", "input_size", "object_masks", "ray_overlaps"]
 
 # What is compared: where rays begin, how their lengths are found, how many there are (Fig. 6 of
 # arXiv:1909.13226, which goes up to 120).
@@ -34,6 +36,24 @@ TARGETS = ("exact", "bins")
 RAYS = (18, 24, 36, 72, 90, 120)
 
 _BUDGET_MB = 64
+
+
+def input_size(cfg: CfgNode, source_hw: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of the network input for a picture, without building the model.
+
+    Args:
+        cfg: read for ``INSTSEG.STRETCH``, or else ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``.
+        source_hw: height and width of the picture.
+    """
+    side = cfg.INPUT.MIN_SIZE_TEST
+    if any(cfg.INSTSEG.STRETCH):
+        return tuple(cfg.INSTSEG.STRETCH)
+    if not side:
+        return source_hw
+    resize = T.ResizeShortestEdge([side, side], cfg.INPUT.MAX_SIZE_TEST)
+    # Of a picture without memory: only its size is read.
+    transform = resize.get_transform(np.broadcast_to(np.uint8(0), (*source_hw, 3)))
+    return transform.new_h, transform.new_w
 
 
 def object_masks(

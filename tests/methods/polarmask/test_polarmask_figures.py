@@ -11,12 +11,15 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.structures import BoxMode
 
+import instseg_ext
 from instseg_ext import data
 from instseg_ext.config import add_shared_config
+from instseg_ext.engine.predictor import Predictor
 from instseg_ext.method import FigurePicture
 from instseg_ext.methods.polarmask import figures, upper_bound
 from instseg_ext.methods.polarmask.config import add_polarmask_config
 from instseg_ext.structures.rle import encode_masks
+from instseg_ext.zoo import method_of
 
 HW = (96, 128)
 ORANGE, CYAN, WHITE = figures._PREDICTED, figures._TARGET, figures._OBJECT
@@ -61,7 +64,7 @@ def predictor(points, lengths, size_hw=HW):
         precision=nullcontext,
         backbone=lambda tensor: tensor,
         head=lambda features: features,
-        detections=lambda raw, images: [found],
+        detections=lambda raw, frames: [found],
     )
     return SimpleNamespace(model=model, names=["disc"], to_input=lambda picture: picture)
 
@@ -103,6 +106,26 @@ def test_the_overview_shows_polygons_where_they_are_in_the_picture(cfg, tmp_path
         assert (window[..., 2].astype(int) - window[..., 0]).max() > 100
 
 
+TINY = [
+    "MODEL.DEVICE", "cpu",
+    "MODEL.FPN.OUT_CHANNELS", 32,
+    "MODEL.POLARMASK.WIDTH", 32,
+    "MODEL.POLARMASK.SCORE_THRESH", 0.0,
+    "INSTSEG.STRETCH", [64, 96],
+]  # fmt: skip
+
+
+def test_a_model_draws_its_rays(tmp_path):
+    cfg = instseg_ext.get_config("PolarMask/nuclei_polarmask_R_18_FPN", TINY)
+    find = Predictor(cfg, method_of(cfg))
+    wanted = pictures([annotation(disc(40, 50, 20))], None)
+    files = figures.draw_rays(cfg, lambda: find, wanted, tmp_path)
+    assert len(files) == 4
+    # The size of the network input as the upper bound takes it.
+    images = find.model.preprocess_image([find.to_input(wanted[0].picture)])
+    assert images.image_sizes[0] == upper_bound.input_size(cfg, HW)
+
+
 def test_nothing_detected_leaves_the_overview(cfg, tmp_path):
     find = predictor([], [])
     files = figures.draw_rays(cfg, lambda: find, pictures([annotation(disc(40, 50, 20))]), tmp_path)
@@ -118,7 +141,7 @@ def test_a_model_without_rays_is_refused(cfg, tmp_path):
 def test_each_object_is_shown_with_its_best_detection(cfg):
     masks = torch.from_numpy(np.stack([disc(40, 50, 20), disc(96, 40, 16), disc(0, 0, 0)]))
     find = predictor([(96, 40), (44, 48), (96, 44), (40, 50)], [22.0, 15.0, 9.0, 20.0])
-    found, _ = figures._predict(find, None, cfg.MODEL.POLARMASK)
+    found, _ = figures._predict(find, np.zeros((*HW, 3), np.uint8), cfg.MODEL.POLARMASK)
     assert figures._examples(found, masks) == [(0, 1), (1, 0)]
     assert figures._examples(found, masks[:0]) == [(i, None) for i in range(4)]
     far = torch.from_numpy(disc(120, 90, 2))[None]
@@ -145,8 +168,7 @@ def test_upper_bound_needs_no_model(cfg, tmp_path):
     files = figures.draw_upper_bound(cfg, None, pictures(None, entries, []), tmp_path)
     assert [file.name for file in files] == ["upper_bound.json", "upper_bound.png"]
     summary = json.loads(files[0].read_text())
-    assert (summary["objects"], summary["pictures"]) == (2, 1)
-    assert summary["input_hw"] == [384, 512]
+    assert (summary["objects"], summary["pictures"], summary["input"]) == (2, 1, "512 x 384")
     means = {(r["centre"], r["target"], r["rays"]): r["iou"] for r in summary["mean_mask_iou"]}
     assert len(means) == 2 * 2 * 6
     assert means["mass", "exact", 120] > means["mass", "exact", 18]
@@ -183,6 +205,21 @@ def test_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr(upper_bound, "_BUDGET_MB", 0)
     # But for vertices whose last bit decides which pixel they are cut off to.
     torch.testing.assert_close(upper_bound.ray_overlaps(masks), whole, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("stretch", "shorter", "expected"),
+    [
+        ([96, 160], 0, (96, 160)),
+        ([96, 160], 50, (96, 160)),
+        ([0, 0], 50, (50, 75)),
+        ([0, 0], 70, (60, 90)),
+        ([0, 0], 0, (40, 60)),
+    ],
+)
+def test_the_size_of_the_network_input(cfg, stretch, shorter, expected):
+    cfg.INSTSEG.STRETCH, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = stretch, shorter, 90
+    assert upper_bound.input_size(cfg, (40, 60)) == expected
 
 
 def test_objects_are_drawn_at_the_size_of_the_network_input():
