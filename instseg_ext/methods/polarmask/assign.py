@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from instseg_ext.structures.contours import expand_ragged
 
 __all__ = ["AssignOptions", "Positives", "assign", "locations"]
 
-_NO_LIMIT = 1e8
+# Below the first level's range and above the last one's.
+_NO_BOUND = (-1.0, 1e8)
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,6 @@ class Positives(NamedTuple):
     instance: Tensor
     points: Tensor
     boxes: Tensor
-
-
-class _Cells(NamedTuple):
-    """Candidates: cells that some object may own, one entry per pair.
-
-    Attributes:
-        pair: (C,) int64, object * L + level.
-        x: (C,) int64 column of the cell.
-        y: (C,) int64 row of the cell.
-    """
-
-    pair: Tensor
-    x: Tensor
-    y: Tensor
 
 
 def locations(
@@ -137,34 +125,31 @@ def assign(
         column 0. That is a slip and not followed.
     """
     boxes = torch.cat(list(gt_boxes)).float()
-    device = boxes.device
-    sizes = torch.tensor(level_sizes, device=device)
-    strides = torch.tensor(options.strides, device=device)
-    bounds = (-1.0, *options.size_ranges, _NO_LIMIT)
-    ranges = torch.tensor([bounds[:-1], bounds[1:]], dtype=torch.float32, device=device)
-
-    lower, upper = _regions(boxes, gt_centers, options)
-    cells = _candidates(boxes, lower, upper, sizes, strides, ranges[1])
-
-    owner = cells.pair // len(strides)
-    level = cells.pair - owner * len(strides)
-    grid = torch.stack([cells.x, cells.y], dim=1)
-    stride = strides[level][:, None]
-    points = (grid * stride + stride // 2).float()
-    corners = boxes[owner]
-    distances = torch.cat([points - corners[:, :2], corners[:, 2:] - points], dim=1)
-    farthest = distances.amax(dim=1)
-    inside = (points > lower[cells.pair]) & (points < upper[cells.pair])
-    valid = inside.all(dim=1) & (farthest >= ranges[0, level]) & (farthest <= ranges[1, level])
-
-    per_level = sizes.prod(dim=1)
-    starts = per_level.cumsum(0) - per_level
-    counts = torch.tensor([len(part) for part in gt_boxes], device=device)
+    counts = torch.tensor([len(part) for part in gt_boxes], device=boxes.device)
     image = torch.repeat_interleave(counts, output_size=len(boxes))
-    index = starts[level] + cells.y * sizes[level, 1] + cells.x
-    index += image[owner] * per_level.sum()
-    chosen = _smallest_object(index, owner, valid, _areas(boxes))
-    return Positives(index[chosen], owner[chosen], points[chosen], distances[chosen])
+    limits = _limits(boxes, gt_centers, options)
+    windows = _windows(limits, image, level_sizes, options.strides)
+    size = windows[:, 2] * windows[:, 3]
+    pair, cell = expand_ragged(torch.zeros_like(size), size)
+
+    # Two look-ups for each candidate instead of one for each number.
+    limits, windows = limits.index_select(0, pair), windows.index_select(0, pair)
+    low, high, shortest, longest, corners = limits.split([2, 2, 1, 1, 4], dim=1)
+    left, top, columns, _, start, width, stride = windows.unbind(dim=1)
+    row = cell // columns
+    column = cell - row * columns + left
+    row = row + top
+    points = torch.stack([column, row], dim=1) * stride[:, None] + (stride // 2)[:, None]
+    points = points.float()
+    distances = torch.cat([points - corners[:, :2], corners[:, 2:] - points], dim=1)
+    farthest = distances.amax(dim=1, keepdim=True)
+    tests = [points > low, points < high, farthest >= shortest, farthest <= longest]
+    valid = torch.cat(tests, dim=1).all(dim=1)
+
+    index = start + row * width + column
+    instance = pair // len(level_sizes)
+    chosen = _smallest_object(index, instance, valid, _areas(boxes))
+    return Positives(index[chosen], instance[chosen], points[chosen], distances[chosen])
 
 
 def _areas(boxes: Tensor) -> Tensor:
@@ -172,59 +157,71 @@ def _areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)
 
 
-def _regions(
-    boxes: Tensor, gt_centers: Sequence[Tensor] | None, options: AssignOptions
-) -> tuple[Tensor, Tensor]:
-    """Return the corners of the sampling regions, two times (G * L, 2) float32 (x, y)."""
-    lower, upper = boxes[:, None, :2], boxes[:, None, 2:]
-    if options.center == "none":
-        levels = len(options.strides)
-        lower, upper = lower.expand(-1, levels, -1), upper.expand(-1, levels, -1)
-    else:
-        if options.center == "mass":
-            center = torch.cat(list(gt_centers)).float()
-        else:
-            center = (boxes[:, :2] + boxes[:, 2:]) / 2
-        reach = [options.radius * stride for stride in options.strides]
-        reach = torch.tensor(reach, dtype=torch.float32, device=boxes.device)[:, None]
-        lower = torch.maximum(center[:, None] - reach, lower)
-        upper = torch.minimum(center[:, None] + reach, upper)
-    return lower.flatten(0, 1), upper.flatten(0, 1)
-
-
-def _candidates(
-    boxes: Tensor, lower: Tensor, upper: Tensor, sizes: Tensor, strides: Tensor, limits: Tensor
-) -> _Cells:
-    """List a few cells too many for each object and level.
-
-    A location farther than the limit of its level from a side of the box cannot be positive, which
-    leaves few cells of a large box too.
+def _limits(boxes: Tensor, gt_centers: Sequence[Tensor] | None, options: AssignOptions) -> Tensor:
+    """Tell where a location must lie to be positive.
 
     Args:
-        boxes: (G, 4).
-        lower: (G * L, 2) of `_regions`.
-        upper: likewise.
-        sizes: (L, 2) int64 (height, width).
-        strides: (L,) int64.
-        limits: (L,) upper ends of the ranges.
+        boxes: (G, 4) float32.
+        gt_centers: as for `assign`.
+        options: the rules.
 
     Returns:
-        See `_Cells`.
+        (G * L, 10) float32, object-major: the region, whose sides do not belong to it, the closed
+        range of the largest distance to a side of the box, and the box.
     """
-    limits = limits[:, None]
-    lower = torch.maximum(lower, (boxes[:, None, 2:] - limits).flatten(0, 1))
-    upper = torch.minimum(upper, (boxes[:, None, :2] + limits).flatten(0, 1))
-    repeated = len(boxes), 1
-    stride = strides.repeat(len(boxes))[:, None]
-    last = (sizes.flip(1) - 1).repeat(repeated)
-    # Bounds that are themselves a location belong to the list: rounding must not lose a cell.
-    first = ((lower - stride // 2) / stride).floor().clamp(min=0).long()
-    final = torch.minimum(((upper - stride // 2) / stride).ceil().long(), last)
-    count = (final - first + 1).clamp(min=0)
-    start = torch.zeros_like(count[:, 0])
-    pair, cell = expand_ragged(start, count.prod(dim=1))
-    row = cell // count[pair, 0]
-    return _Cells(pair, first[pair, 0] + cell - row * count[pair, 0], first[pair, 1] + row)
+    corners = boxes[:, None].expand(-1, len(options.strides), -1)
+    low, high = corners[..., :2], corners[..., 2:]
+    if options.center != "none":
+        if options.center == "mass":
+            center = torch.cat(list(gt_centers)).float()[:, None]
+        else:
+            center = (low + high) / 2
+        reach = [options.radius * stride for stride in options.strides]
+        reach = torch.tensor(reach, dtype=torch.float32, device=boxes.device)[:, None]
+        low, high = torch.maximum(center - reach, low), torch.minimum(center + reach, high)
+    bounds = (_NO_BOUND[0], *options.size_ranges, _NO_BOUND[1])
+    ranges = torch.tensor(list(pairwise(bounds)), dtype=torch.float32, device=boxes.device)
+    return torch.cat([low, high, ranges.expand(len(boxes), -1, -1), corners], dim=2).flatten(0, 1)
+
+
+def _windows(
+    limits: Tensor,
+    image: Tensor,
+    level_sizes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+) -> Tensor:
+    """List the cells that may be positive for each object and level, and a few more.
+
+    Args:
+        limits: (G * L, 10) of `_limits`.
+        image: (G,) int64 image of each object.
+        level_sizes: (height, width) of each level.
+        strides: of each level.
+
+    Returns:
+        (G * L, 7) int64: first column and row, number of columns and of rows, index of the level's
+        first location in the batch, width and stride of the level.
+    """
+    areas = [height * width for height, width in level_sizes]
+    levels = [
+        (width, height, sum(areas[:level]), width, stride)
+        for level, ((height, width), stride) in enumerate(zip(level_sizes, strides, strict=True))
+    ]
+    levels = torch.tensor(levels, device=image.device).repeat(len(image), 1)
+    size, start, width, stride = levels.split([2, 1, 1, 1], dim=1)
+    start = start + image.repeat_interleave(len(areas), output_size=len(levels))[:, None] * sum(
+        areas
+    )
+
+    low, high, _, longest, corners = limits.split([2, 2, 1, 1, 4], dim=1)
+    # A location farther than the range from some side of the box cannot be positive, which leaves
+    # few cells of a large box.
+    low = torch.maximum(low, corners[:, 2:] - longest)
+    high = torch.minimum(high, corners[:, :2] + longest)
+    # A bound that is itself a location belongs to the window, so that rounding cannot lose a cell.
+    first = ((low - stride // 2) / stride).floor().clamp(min=0).long()
+    last = torch.minimum(((high - stride // 2) / stride).ceil().long(), size - 1)
+    return torch.cat([first, (last - first + 1).clamp(min=0), start, width, stride], dim=1)
 
 
 def _smallest_object(index: Tensor, owner: Tensor, valid: Tensor, areas: Tensor) -> Tensor:
