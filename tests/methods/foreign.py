@@ -17,6 +17,7 @@ BLOCKS = {
     101: (3, 4, 23, 3),
 }
 NORM = ("weight", "bias", "running_mean", "running_var")
+COUNTER = ".num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,17 @@ SMALL = Sizes(stem=8, first=4)
 
 
 def tensors(shapes, device="meta"):
-    """Fill shapes, on the CPU with random numbers."""
+    """Fill shapes, on the CPU with random numbers and full counters."""
     if device == "meta":
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     return {
-        name: torch.randn(shape) * 0.05 if shape else torch.tensor(7)
+        name: torch.tensor(7) if name.endswith(COUNTER) else torch.randn(shape) * 0.05
         for name, shape in shapes.items()
     }
 
 
 def batch_norm(name, channels):
-    return {f"{name}.{p}": (channels,) for p in NORM} | {f"{name}.num_batches_tracked": ()}
+    return {f"{name}.{p}": (channels,) for p in NORM} | {f"{name}{COUNTER}": ()}
 
 
 def conv(name, out, channels, kernel=3):

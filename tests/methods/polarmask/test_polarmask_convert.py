@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
-from methods.foreign import tensors
+from methods.foreign import COUNTER, tensors
 from methods.polarmask import foreign_files as files
 from methods.polarmask.foreign_files import NEW, OLD
 from methods.solo import foreign_files as solo_files
@@ -30,7 +30,6 @@ from instseg_ext.cli import main as cli
 from instseg_ext.config import find_config
 from instseg_ext.methods.polarmask.convert import FAMILIES
 
-COUNTER = ".num_batches_tracked"
 UP = "backbone.bottom_up."
 SMALL_CONFIG = {False: "PolarMask/polarmask_R_50_768_1x", True: "PolarMask/polarmask_R_50_DCN_2x"}
 
@@ -73,7 +72,7 @@ def test_every_flavour_is_recognised_and_maps_onto_its_model(shapes, config):
     assert report.mismatched == {}
 
 
-@pytest.mark.parametrize(("shapes", "config"), FLAVOURS[:4])
+@pytest.mark.parametrize(("shapes", "config"), FLAVOURS[:4:3])
 def test_files_of_both_generations_of_names_are_the_same_model(shapes, config):
     old = {name.replace(".polar_", ".fcos_"): shape for name, shape in shapes.items()}
     weights, report = convert(tensors(old))
@@ -281,6 +280,7 @@ def test_the_command_writes_a_file_that_loads_whole(tmp_path, capsys, deform):
     assert "family      polarmask\n" in told
     assert "turned by a quarter" in told
     assert "3 classes instead of the config's 80." in told
+    assert told.endswith(f"\nCheck it: instseg check-model --weights {out} --input PICTURES\n")
     metadata = read_metadata(str(out))
     assert metadata["class_names"] == ["a", "b", "c"]
     cfg = instseg_ext.get_config(
@@ -304,7 +304,8 @@ def test_the_page_lists_what_is_recognised():
         if len(row) == 3 and row[0] == "`polarmask`"
         for config in re.findall(r"`PolarMask/(\w+)`", row[2])
     }
-    assert listed == {config for _, config in FLAVOURS} | LARGER
+    # The authors' config of six times the schedule is not known to have a file.
+    assert listed == {config for _, config in FLAVOURS if "6x" not in config} | LARGER
     assert all(find_config(f"PolarMask/{config}") for config in listed)
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from methods.polarmask.foreign_files import SMALL_OPTS
+from detectron2.utils import logger
+from methods.foreign import tensors
+from methods.polarmask import foreign_files as files
 
 import instseg_ext
 from instseg_ext import zoo
-from instseg_ext.engine.predictor import Predictor
+from instseg_ext.cli import main as cli
 from instseg_ext.methods.polarmask.polygons import decode_polygons, ray_directions
-from instseg_ext.methods.polarmask.ray_order import check_ray_order, check_rays
+from instseg_ext.methods.polarmask.ray_order import check_ray_order
 
 
 def rectangles(count, *, rays=36, ratio=(0.2, 0.5), noise=0.02):
@@ -131,38 +134,87 @@ def test_the_limit_is_15_percent():
 CONFIG = "PolarMask/polarmask_R_50_768_1x"
 
 
-def predictor_that_finds_rectangles(*opts):
-    """Every location predicts the same wide rectangle, with rays in the order "down"."""
-    cfg = instseg_ext.get_config(CONFIG, [*SMALL_OPTS, "INSTSEG.STRETCH", [128, 256], *opts])
-    predictor = Predictor(cfg, zoo.method_of(cfg))
-    head = predictor.model.head
+@pytest.fixture(autouse=True)
+def no_logger(monkeypatch):
+    """detectron2's set-up ties the logger to the output of one test, for good."""
+    monkeypatch.setattr(logger, "setup_logger", lambda **kwargs: None)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    cv2.imwrite(str(path), np.full((40, 90, 3), 128, dtype=np.uint8))
+    return str(path)
+
+
+def file_that_finds_rectangles(path, names, *, turned=0, confidence=2.0):
+    """A file of the authors whose model predicts one wide rectangle at every location.
+
+    Args:
+        names: of the predictors.
+        turned: quarters by which the rays are turned from the order "down"; that of "left" is 1.
+        confidence: logit of a class at every location.
+    """
+    state = tensors(files.small(names), device="cpu")
     sides, rays = rectangles(1)
-    with torch.no_grad():
-        for layer in (head.cls_logits, head.ctrness, head.box_pred, head.ray_pred):
-            layer.weight.zero_()
-        head.cls_logits.bias[3] = head.ctrness.bias[0] = 2.0
-        head.box_pred.bias.copy_((sides[0] / 10).log())
-        head.ray_pred.bias.copy_((rays[0] / 10).log())
-    return predictor
+    biases = {
+        "cls": torch.tensor([confidence, -9.0, -9.0]),
+        "centerness": torch.tensor([2.0]),
+        "reg": (sides[0] / 10).log(),
+        "mask": (rays[0] / 10).log().roll(9 * turned),
+    }
+    for kind, bias in biases.items():
+        state[f"bbox_head.{names}_{kind}.weight"].zero_()
+        state[f"bbox_head.{names}_{kind}.bias"] = bias
+    for name, tensor in state.items():
+        if name.endswith((".scale", ".running_var")):
+            state[name] = torch.ones_like(tensor, dtype=torch.float32)
+    torch.save({"state_dict": state}, path)
 
 
-@pytest.mark.parametrize("origin", ["down", "left"])
-def test_a_model_is_asked_on_pictures(origin):
-    predictor = predictor_that_finds_rectangles("MODEL.POLARMASK.RAY_ORIGIN", origin)
-    picture = np.full((40, 90, 3), 128, dtype=np.uint8)
-    result = check_rays(predictor, iter([picture, picture]))
-    assert result.passed == (origin == "down")
-    wrong = "MODEL.POLARMASK.RAY_ORIGIN must be down, not left. "
-    assert result.text.startswith("Read as RAY_ORIGIN down" if result.passed else wrong)
-    assert re.search(r"down, .* by \d%, read as left by \d\d+% ", result.text)
+def convert_and_check(folder, picture, *opts):
+    """Run both commands on the file in ``folder``; return the status of the second."""
+    source, out = str(folder / "in.pth"), str(folder / "out.pth")
+    small = [str(word) for word in (*files.SMALL_OPTS, "INSTSEG.STRETCH", [128, 256])]
+    words = ["--from", "polarmask", source, out, "--config", CONFIG, *small]
+    assert cli.main(["convert", *words]) == 0
+    return cli.main(["check-model", "--weights", out, "--input", picture, *opts])
 
 
-def test_detections_of_low_score_are_not_asked():
-    predictor = predictor_that_finds_rectangles()
-    with torch.no_grad():
-        predictor.model.head.cls_logits.bias[3] = -1.5
-    with pytest.raises(ValueError, match="Of 0 confident detections"):
-        check_rays(predictor, [np.zeros((64, 128, 3), dtype=np.uint8)])
+LEFT = ("MODEL.POLARMASK.RAY_ORIGIN", "left")
+
+
+@pytest.mark.parametrize(
+    ("names", "turned", "opts", "status"),
+    [
+        (files.NEW, 0, (), 0),
+        (files.OLD, 1, (), 0),
+        (files.OLD, 1, LEFT, 1),
+        (files.NEW, 1, (), 1),
+        (files.NEW, 1, LEFT, 0),
+    ],
+)
+def test_the_command_knows_whether_the_order_is_right(
+    tmp_path, picture, capsys, names, turned, opts, status
+):
+    file_that_finds_rectangles(tmp_path / "in.pth", names, turned=turned)
+    assert convert_and_check(tmp_path, picture, *opts) == status
+    told = capsys.readouterr().out.splitlines()[-1]
+    wanted = "down, not left" if opts else "left, not down"
+    wrong = f"ray order: WRONG. MODEL.POLARMASK.RAY_ORIGIN must be {wanted}. Read as"
+    assert told.startswith(wrong if status else "ray order: ok. Read as RAY_ORIGIN down, polygons")
+
+
+def test_old_names_with_new_rays_are_found_out(tmp_path, picture, capsys):
+    file_that_finds_rectangles(tmp_path / "in.pth", files.OLD)
+    assert convert_and_check(tmp_path, picture) == 2
+    assert "Rename fcos_ to polar_" in capsys.readouterr().err
+
+
+def test_detections_of_low_score_are_not_asked(tmp_path, picture, capsys):
+    file_that_finds_rectangles(tmp_path / "in.pth", files.NEW, confidence=-1.5)
+    assert convert_and_check(tmp_path, picture) == 2
+    assert "Of 0 confident detections" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
-from methods.foreign import tensors
+from methods.foreign import COUNTER, tensors
 from methods.yolact import foreign_files as files
 
 import instseg_ext
@@ -33,7 +33,6 @@ from instseg_ext.config import find_config
 from instseg_ext.methods.yolact.convert import FAMILIES
 
 AUTHORS, EDGE = "yolact", "yolact-edge"
-COUNTER = ".num_batches_tracked"
 UP = "backbone.bottom_up."
 
 FLAVOURS = [
