@@ -30,9 +30,11 @@ def add_polarmask_config(cfg: CN) -> None:
     # ---- head ----
     # Pyramid levels, finest first.
     _C.MODEL.POLARMASK.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions of each tower, their channels and normalisation.
+    # Convolutions of each tower.
     _C.MODEL.POLARMASK.NUM_CONVS = 4
+    # Channels of the towers.
     _C.MODEL.POLARMASK.WIDTH = 256
+    # Normalisation of the towers: GN, BN, FrozenBN, SyncBN, or "" for none.
     _C.MODEL.POLARMASK.NORM = "GN"
     # True: all convolutions of the towers are deformable (v2), as in the published DCN models.
     _C.MODEL.POLARMASK.DEFORM = False

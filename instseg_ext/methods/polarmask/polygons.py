@@ -30,8 +30,10 @@ def ray_directions(
         ValueError: if ``origin`` is unknown.
     """
     check_choice("MODEL.POLARMASK.RAY_ORIGIN", origin, ("down", "left"))
-    # In float32 as the authors do: the last bit decides about vertices on the edge of a pixel.
-    angles = torch.arange(num_rays, dtype=torch.float32) * (360.0 / num_rays) / 180 * math.pi
+    # In float32 as the authors do: the last bit decides about vertices on the edge of a pixel. On
+    # the CPU, so that all devices have the same bits.
+    angles = torch.arange(num_rays, dtype=torch.float32, device="cpu") * (360.0 / num_rays)
+    angles = angles / 180 * math.pi
     sin, cos = angles.sin(), angles.cos()
     directions = torch.stack([sin, cos] if origin == "down" else [-cos, sin], dim=1)
     return directions.to(device)
