@@ -57,8 +57,8 @@ def _turn_rays(predictor: Tensor) -> Tensor:
 
 
 _TURNED = (
-    "its names, fcos_*, were in use until 2019-11-12, when rays began at the left; now they are "
-    "turned by a quarter and begin below."
+    "the names fcos_* were in use until 2019-11-12, when rays began at the left; these were turned "
+    "by a quarter and begin below."
 )
 
 

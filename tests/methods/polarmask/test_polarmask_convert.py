@@ -163,7 +163,7 @@ def test_old_rays_are_turned_by_a_quarter(rays):
     assert torch.equal(weights[f"{RAYS}weight"][0], before["bbox_head.fcos_mask.weight"][rays // 4])
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
     assert "2019-11-12" in report.notes[0]
-    assert "turned by a quarter" in report.summary()
+    assert "were turned by a quarter" in report.summary()
 
 
 def test_new_rays_stay_and_have_no_note():
@@ -278,7 +278,7 @@ def test_the_command_writes_a_file_that_loads_whole(tmp_path, capsys, deform):
     assert cli.main(["convert", *words]) == 0
     told = capsys.readouterr().out
     assert "family      polarmask\n" in told
-    assert "turned by a quarter" in told
+    assert "were turned by a quarter" in told
     assert "3 classes instead of the config's 80." in told
     assert told.endswith(f"\nCheck it: instseg check-model --weights {out} --input PICTURES\n")
     metadata = read_metadata(str(out))
