@@ -212,7 +212,7 @@ def _ray_sheet(
             (_TARGET, f"target of the same location ({node.RAY_TARGET})"),
             (_OBJECT, "outline of the object"),
         ]
-    sheet = contact_sheet(cells, columns=3, cell_width=_CELL)
+    sheet = contact_sheet(cells, columns=3 if compared else 2, cell_width=_CELL)
     return np.concatenate([legend(entries, sheet.shape[1]), sheet])
 
 
