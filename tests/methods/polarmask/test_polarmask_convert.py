@@ -184,8 +184,8 @@ def test_old_rays_that_have_no_quarter_are_refused(rays):
 
 
 def test_the_size_of_images_that_weights_do_not_tell_is_said():
-    weights, report = convert(tensors(files.polarmask_dcn(101)))
-    larger = "PolarMask/polarmask_R_101_DCN_2x"
+    weights, report = convert(tensors(files.polarmask()))
+    larger = "PolarMask/polarmask_R_50_2x"
     assert report.notes[0].endswith(f"--config {larger}.")
     assert report.notes[0] in report.summary()
     check_fit(weights, shapes_of_config(larger), Report("polarmask"))
@@ -244,8 +244,9 @@ def test_missing_names_and_other_shapes_are_named():
 
 def test_the_model_of_another_variant_does_not_fit():
     weights, _ = convert(tensors(files.polarmask()))
+    expected = shapes_of_config("PolarMask/polarmask_R_50_DCN_768_1x")
     with pytest.raises(ConversionError, match=r"head\.cls_tower\.0\.offset|conv2_offset"):
-        check_fit(weights, shapes_of_config("PolarMask/polarmask_R_50_DCN_2x"), Report("polarmask"))
+        check_fit(weights, expected, Report("polarmask"))
 
 
 @pytest.mark.parametrize(

@@ -172,48 +172,42 @@ def file_that_finds_rectangles(path, names, *, turned=0, confidence=2.0):
     torch.save({"state_dict": state}, path)
 
 
-def convert_and_check(folder, picture, *opts):
-    """Run both commands on the file in ``folder``; return the status of the second."""
-    source, out = str(folder / "in.pth"), str(folder / "out.pth")
-    small = [str(word) for word in (*files.SMALL_OPTS, "INSTSEG.STRETCH", [128, 256])]
-    words = ["--from", "polarmask", source, out, "--config", CONFIG, *small]
-    assert cli.main(["convert", *words]) == 0
-    return cli.main(["check-model", "--weights", out, "--input", picture, *opts])
+@pytest.fixture
+def check(tmp_path, picture):
+    """Convert a file and return what checks it, with typed keys, and returns the status."""
+
+    def convert(names, **options):
+        source, out = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+        file_that_finds_rectangles(source, names, **options)
+        small = [str(word) for word in (*files.SMALL_OPTS, "INSTSEG.STRETCH", [128, 256])]
+        words = ["--from", "polarmask", source, out, "--config", CONFIG, *small]
+        assert cli.main(["convert", *words]) == 0
+        command = ["check-model", "--weights", out, "--input", picture]
+        return lambda *opts: cli.main([*command, *opts])
+
+    return convert
 
 
-LEFT = ("MODEL.POLARMASK.RAY_ORIGIN", "left")
+@pytest.mark.parametrize(("names", "right"), [(files.OLD, "down"), (files.NEW, "left")])
+def test_the_command_knows_whether_the_order_is_right(check, capsys, names, right):
+    """Rays that begin at the left are turned by the converter if the names are old."""
+    run = check(names, turned=1)
+    wrong = {"down": "left", "left": "down"}[right]
+    assert run("MODEL.POLARMASK.RAY_ORIGIN", right) == 0
+    assert run("MODEL.POLARMASK.RAY_ORIGIN", wrong) == 1
+    ok, not_ok = capsys.readouterr().out.splitlines()[-2:]
+    assert ok.startswith("ray order: ok. Read as RAY_ORIGIN down, polygons differ")
+    advice = f"MODEL.POLARMASK.RAY_ORIGIN must be {right}, not {wrong}."
+    assert not_ok.startswith(f"ray order: WRONG. {advice} Read as")
 
 
-@pytest.mark.parametrize(
-    ("names", "turned", "opts", "status"),
-    [
-        (files.NEW, 0, (), 0),
-        (files.OLD, 1, (), 0),
-        (files.OLD, 1, LEFT, 1),
-        (files.NEW, 1, (), 1),
-        (files.NEW, 1, LEFT, 0),
-    ],
-)
-def test_the_command_knows_whether_the_order_is_right(
-    tmp_path, picture, capsys, names, turned, opts, status
-):
-    file_that_finds_rectangles(tmp_path / "in.pth", names, turned=turned)
-    assert convert_and_check(tmp_path, picture, *opts) == status
-    told = capsys.readouterr().out.splitlines()[-1]
-    wanted = "down, not left" if opts else "left, not down"
-    wrong = f"ray order: WRONG. MODEL.POLARMASK.RAY_ORIGIN must be {wanted}. Read as"
-    assert told.startswith(wrong if status else "ray order: ok. Read as RAY_ORIGIN down, polygons")
-
-
-def test_old_names_with_new_rays_are_found_out(tmp_path, picture, capsys):
-    file_that_finds_rectangles(tmp_path / "in.pth", files.OLD)
-    assert convert_and_check(tmp_path, picture) == 2
+def test_old_names_with_new_rays_are_found_out(check, capsys):
+    assert check(files.OLD, turned=0)() == 2
     assert "Rename fcos_ to polar_" in capsys.readouterr().err
 
 
-def test_detections_of_low_score_are_not_asked(tmp_path, picture, capsys):
-    file_that_finds_rectangles(tmp_path / "in.pth", files.NEW, confidence=-1.5)
-    assert convert_and_check(tmp_path, picture) == 2
+def test_detections_of_low_score_are_not_asked(check, capsys):
+    assert check(files.NEW, confidence=-1.5)() == 2
     assert "Of 0 confident detections" in capsys.readouterr().err
 
 
