@@ -209,9 +209,8 @@ def _windows(
     ]
     levels = torch.tensor(levels, device=image.device).repeat(len(image), 1)
     size, start, width, stride = levels.split([2, 1, 1, 1], dim=1)
-    start = start + image.repeat_interleave(len(areas), output_size=len(levels))[:, None] * sum(
-        areas
-    )
+    image = image.repeat_interleave(len(areas), output_size=len(levels))
+    start = start + sum(areas) * image[:, None]
 
     low, high, _, longest, corners = limits.split([2, 2, 1, 1, 4], dim=1)
     # A location farther than the range from some side of the box cannot be positive, which leaves

@@ -31,7 +31,7 @@ _SNAP = 1e-9
 # Entries (pairs, or bins of a location) worked on at a time. On the CPU temporaries stay in the
 # cache; elsewhere they stay below a gigabyte.
 _BUDGET_CPU = 2**17
-_BUDGET = 2**24
+_BUDGET = 2**22
 
 
 class _Pairs(NamedTuple):
@@ -131,7 +131,7 @@ def _parts(points: Tensor, contours: Contours, instance: Tensor, budget: int) ->
     sizes = sizes.tolist()
     # int32 halves the memory that the indices of the pairs go through.
     lengths, starts = lengths.int(), contours.starts[instance].int()
-    # Separate and contiguous: torch.atan2 rounds otherwise on strided input.
+    # A contiguous tensor for each axis: torch.atan2 rounds differently on strided ones.
     contour_x, contour_y = contours.points.T.float().contiguous()
     x, y = points.T.float().contiguous()
     pieces = (column.split(sizes) for column in (starts, lengths, x, y))
