@@ -223,13 +223,16 @@ def _annotation_entry(
     box = annotation.get("bbox")
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not (box[2] > 0 and box[3] > 0):
         box = _box_of(segmentation, size_hw)
-    return {
+    entry = {
         "bbox": [float(v) for v in box],
         "bbox_mode": BoxMode.XYWH_ABS,
         "category_id": contiguous[annotation["category_id"]],
         "iscrowd": int(annotation.get("iscrowd", 0)),
         "segmentation": segmentation,
     }
+    # Read by mappers that leave small objects out, as the area written in the file decides there.
+    entry.update({key: annotation[key] for key in ("area", "ignore") if annotation.get(key)})
+    return entry
 
 
 def _box_of(segmentation: list | dict, size_hw: tuple[int, int]) -> list[float]:

@@ -106,6 +106,16 @@ def test_reads_polygons_and_both_run_lengths(write_coco, good_coco):
     assert decode_masks([crowd["segmentation"]], (10, 12))[0].sum() == 20
 
 
+def test_what_the_file_says_of_an_object_is_kept(write_coco, good_coco):
+    first, second, *_ = good_coco["annotations"]
+    first["area"], second["ignore"] = 19.8, 1
+    del second["area"]
+    dicts, _, _ = load_coco(*write_coco(good_coco))
+    kept = [annotation for record in dicts for annotation in record["annotations"]]
+    assert [a.get("area") for a in kept[:2]] == [19.8, None]
+    assert [a.get("ignore") for a in kept[:2]] == [None, 1]
+
+
 def test_unusable_annotations_are_skipped_and_counted(write_coco, good_coco, caplog):
     annotations = good_coco["annotations"]
     annotations[0]["segmentation"].append([1, 1, 2, 2])  # a bad part beside a good one
