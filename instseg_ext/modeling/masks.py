@@ -351,10 +351,11 @@ def polygons_to_instances(
     *,
     image_size: tuple[int, int],
     output: str = "bool",
+    nearest: bool = False,
 ) -> Instances:
     """Turn polygons into detections at the original size.
 
-    Vertices are cut to integers, towards zero, and filled by the rule of ``layers.polygon_fill``.
+    Vertices become integers, and polygons are filled by the rule of ``layers.polygon_fill``.
 
     Args:
         polygons: (N, V, 2) float, (x, y) pixel indices of the original image; vertices beyond its
@@ -364,6 +365,7 @@ def polygons_to_instances(
         classes: (N,) integer in [0, K).
         image_size: (H0, W0) of the original image.
         output: see ``masks_to_instances``. For "rle" no mask is ever drawn.
+        nearest: vertices go to the nearest pixel; otherwise they are cut, towards zero.
 
     Returns:
         As ``masks_to_instances``, and ``pred_polygons``: the polygons, not cut to integers, as
@@ -372,7 +374,8 @@ def polygons_to_instances(
     _check_output(output)
     height, width = image_size = (int(image_size[0]), int(image_size[1]))
     border = polygons.new_tensor([width - 1, height - 1])
-    vertices = torch.minimum(polygons.clamp(min=0), border).long()
+    vertices = polygons + 0.5 if nearest else polygons
+    vertices = torch.minimum(vertices.clamp(min=0), border).long()
     fill = fill_polygons if output == "bool" else polygons_to_rle
     result = _instances(image_size, boxes, scores, classes, fill(vertices, image_size))
     result.pred_polygons = polygons.float()

@@ -128,6 +128,7 @@ class PolarMask(DenseInstanceSegmenter):
         ray_options: RayOptions | None = None,
         loss_options: LossOptions | None = None,
         inference_options: InferenceOptions | None = None,
+        coordinates: str = "indices",
         runtime: RuntimeOptions | None = None,
     ) -> None:
         """Keep the parts.
@@ -145,6 +146,7 @@ class PolarMask(DenseInstanceSegmenter):
             ray_options: number, order and targets of the rays.
             loss_options: kinds and weights of the losses.
             inference_options: thresholds.
+            coordinates: how results are brought to the size of the image, see ``Frame``.
             runtime: see the base class.
         """
         super().__init__(
@@ -161,6 +163,9 @@ class PolarMask(DenseInstanceSegmenter):
         self.ray_options = ray_options or RayOptions()
         self.loss_options = loss_options or LossOptions()
         self.inference_options = inference_options or InferenceOptions()
+        self.coordinates = check_choice(
+            "MODEL.POLARMASK.COORDINATES", coordinates, ("indices", "areas")
+        )
         self.register_buffer(
             "directions",
             ray_directions(self.ray_options.num_rays, self.ray_options.origin),
@@ -188,6 +193,7 @@ class PolarMask(DenseInstanceSegmenter):
             num_rays=node.NUM_RAYS,
             deform=node.DEFORM,
             prior_prob=node.PRIOR_PROB,
+            init_length=node.INIT_LENGTH,
             with_box=node.WITH_BOX,
             with_mask=node.WITH_MASK,
             with_centerness=node.CENTERNESS != "none",
@@ -221,6 +227,7 @@ class PolarMask(DenseInstanceSegmenter):
                 nms_on=node.NMS_ON,
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
             ),
+            "coordinates": node.COORDINATES,
         }
 
     @torch.no_grad()
@@ -328,7 +335,7 @@ class PolarMask(DenseInstanceSegmenter):
         original image.
         """
         frames = [
-            Frame(size, output_size(given, size))
+            Frame(size, output_size(given, size), self.coordinates)
             for given, size in zip(batched_inputs, images.image_sizes, strict=True)
         ]
         return [
@@ -364,9 +371,7 @@ class PolarMask(DenseInstanceSegmenter):
 
     def _instances(self, found: Detections, frame: Frame) -> Instances:
         """Bring detections to the size of the results, with masks if there are rays."""
-        boxes = frame.to_output(found.boxes)
-        # The last pixel belongs to the box.
-        boxes[:, 2:] += 1
+        boxes = frame.boxes(found.boxes)
         if found.distances is None:
             instances = Instances(frame.output_hw)
             instances.pred_boxes = Boxes(boxes)
@@ -374,10 +379,11 @@ class PolarMask(DenseInstanceSegmenter):
             return instances
         polygons = decode_polygons(found.points, found.distances, self.directions, frame.input_hw)
         return polygons_to_instances(
-            frame.to_output(polygons),
+            frame.polygons(polygons),
             boxes,
             found.scores,
             found.classes,
             image_size=frame.output_hw,
             output=self.mask_output,
+            nearest=frame.coordinates == "areas",
         )

@@ -40,6 +40,9 @@ def add_polarmask_config(cfg: CN) -> None:
     _C.MODEL.POLARMASK.DEFORM = False
     # Probability of every class at the start of training.
     _C.MODEL.POLARMASK.PRIOR_PROB = 0.01
+    # Lengths of sides and rays at the start of training, in pixels of the network input. The
+    # authors start at 1; a short training gains from a start nearer to the size of its objects.
+    _C.MODEL.POLARMASK.INIT_LENGTH = 1.0
     # False: no box branch. NMS then needs NMS_ON "mask".
     _C.MODEL.POLARMASK.WITH_BOX = True
     # False: no rays, which leaves a box detector (FCOS).
@@ -103,6 +106,10 @@ def add_polarmask_config(cfg: CN) -> None:
     _C.MODEL.POLARMASK.NMS_THRESH = 0.5
     # Boxes that overlap: box (of the box branch) or mask (around the polygon).
     _C.MODEL.POLARMASK.NMS_ON = "box"
+    # How results get the size of the image. indices: pixel indices are divided by the factors of
+    # the resize and vertices cut to integers, as the authors do, which moves masks by up to half a
+    # pixel. areas: a pixel covers an area, and vertices go to the nearest pixel, which is exact.
+    _C.MODEL.POLARMASK.COORDINATES = "indices"
 
 
 def check_settings(node: CN) -> None:

@@ -102,6 +102,7 @@ class PolarMaskHead(nn.Module):
         num_rays: int = 36,
         deform: bool = False,
         prior_prob: float = 0.01,
+        init_length: float = 1.0,
         with_box: bool = True,
         with_mask: bool = True,
         with_centerness: bool = True,
@@ -118,6 +119,7 @@ class PolarMaskHead(nn.Module):
             num_rays: R.
             deform: deformable convolutions v2 in the towers.
             prior_prob: probability of every class at the start.
+            init_length: distance of every side and length of every ray at the start, in pixels.
             with_box: whether to have the box branch.
             with_mask: whether to have the rays.
             with_centerness: whether to have the quality branch.
@@ -127,7 +129,7 @@ class PolarMaskHead(nn.Module):
         """
         super().__init__()
         channels = _check_features(input_shape, in_features)
-        _check_numbers(num_classes, num_convs, num_rays, prior_prob)
+        _check_numbers(num_classes, num_convs, num_rays, prior_prob, init_length)
         _check_norm(norm, width)
         if not (with_box or with_mask):
             raise ValueError(
@@ -144,12 +146,12 @@ class PolarMaskHead(nn.Module):
         self.box_tower = self.box_pred = self.scales_box = None
         if with_box:
             self.box_tower = build_tower(channels, width, num_convs, norm, where)
-            self.box_pred = build_predictor(width, 4, 0.0)
+            self.box_pred = build_predictor(width, 4, math.log(init_length))
             self.scales_box = nn.ModuleList(_Scale() for _ in in_features)
         self.mask_tower = self.ray_pred = self.scales_ray = None
         if with_mask:
             self.mask_tower = build_tower(channels, width, num_convs, norm, where)
-            self.ray_pred = build_predictor(width, num_rays, 0.0)
+            self.ray_pred = build_predictor(width, num_rays, math.log(init_length))
             self.scales_ray = nn.ModuleList(_Scale() for _ in in_features)
 
     def forward(self, features: Mapping[str, Tensor]) -> PolarMaskOutputs:
@@ -209,7 +211,9 @@ def _check_features(input_shape: Mapping[str, ShapeSpec], in_features: Sequence[
     return channels[0]
 
 
-def _check_numbers(num_classes: int, num_convs: int, num_rays: int, prior_prob: float) -> None:
+def _check_numbers(
+    num_classes: int, num_convs: int, num_rays: int, prior_prob: float, init_length: float
+) -> None:
     """Refuse numbers that no head can have."""
     least = {
         "NUM_CLASSES": (num_classes, 1),
@@ -223,6 +227,8 @@ def _check_numbers(num_classes: int, num_convs: int, num_rays: int, prior_prob: 
         raise ValueError(
             f"MODEL.POLARMASK.PRIOR_PROB must be between 0 and 1, both excluded, not {prior_prob}."
         )
+    if init_length <= 0:
+        raise ValueError(f"MODEL.POLARMASK.INIT_LENGTH must be positive, not {init_length}.")
 
 
 def _check_norm(norm: str, width: int) -> None:

@@ -57,22 +57,36 @@ class InferenceOptions:
 
 @dataclass(frozen=True)
 class Frame:
-    """The two sizes of an image.
+    """The two sizes of an image, and how coordinates go from one to the other.
 
     Attributes:
         input_hw: height and width of the network input, before padding.
         output_hw: height and width of the results.
+        coordinates: ``indices`` or ``areas``; see the config key of the same name.
     """
 
     input_hw: tuple[int, int]
     output_hw: tuple[int, int]
+    coordinates: str = "indices"
 
-    def to_output(self, coordinates: Tensor) -> Tensor:
-        """Carry (..., 2) or (..., 4) coordinates from the network input to the results."""
-        # Divided by factors in float32, as the authors do: vertices are then cut to integers, where
-        # the last bit may matter.
+    def boxes(self, inclusive: Tensor) -> Tensor:
+        """Carry (n, 4) boxes to the results, the far sides then exclusive."""
+        end = inclusive.new_tensor([0, 0, 1, 1])
+        if self.coordinates == "areas":
+            return self._divide(inclusive + end)
+        return self._divide(inclusive) + end
+
+    def polygons(self, tips: Tensor) -> Tensor:
+        """Carry (n, R, 2) pixel indices to the results."""
+        if self.coordinates == "areas":
+            return self._divide(tips + 0.5) - 0.5
+        return self._divide(tips)
+
+    def _divide(self, x: Tensor) -> Tensor:
+        # By factors in float32, as the authors do: vertices are then cut to integers, where the
+        # last bit may matter.
         factors = [a / b for a, b in zip(self.input_hw[::-1], self.output_hw[::-1], strict=True)]
-        return coordinates / coordinates.new_tensor(factors).repeat(coordinates.shape[-1] // 2)
+        return x / x.new_tensor(factors).repeat(x.shape[-1] // 2)
 
 
 @dataclass(frozen=True)
@@ -143,10 +157,9 @@ def detect(
         boxes = _boxes_from_sides(points[location], sides, frame.input_hw)
     else:
         boxes = _boxes_around(decode_polygons(points[location], rays, directions, frame.input_hw))
-    inclusive = frame.to_output(boxes[row])
-    # As wide as the pixels they cover.
-    exclusive = inclusive + inclusive.new_tensor([0, 0, 1, 1])
-    kept = class_nms(exclusive, scores, classes, options.nms_thresh, options.max_detections)
+    kept = class_nms(
+        frame.boxes(boxes[row]), scores, classes, options.nms_thresh, options.max_detections
+    )
     row = row[kept]
     return Detections(
         boxes=boxes[row],

@@ -109,6 +109,21 @@ def test_suppression_compares_boxes_at_the_size_of_the_results():
     assert len(run(objects, frame=Frame((64, 64), (128, 128))).scores) == 2
 
 
+def test_frames_of_indices_and_of_areas():
+    """Pixels 4 to 9 of 20 are pixels 2 to 4 of 10, or 8 to 19 of 40."""
+    box, tips = torch.tensor([[4.0, 4.0, 9.0, 9.0]]), torch.tensor([[[4.0, 9.0]]])
+    half, double = (Frame((20, 20), (side, side), "areas") for side in (10, 40))
+    assert half.boxes(box).tolist() == [[2, 2, 5, 5]]
+    assert double.boxes(box).tolist() == [[8, 8, 20, 20]]
+    assert half.polygons(tips).tolist() == [[[1.75, 4.25]]]
+    assert double.polygons(tips).tolist() == [[[8.5, 18.5]]]
+    # The authors' way: half a pixel too wide here, one too narrow there.
+    half, double = (Frame((20, 20), (side, side)) for side in (10, 40))
+    assert half.boxes(box).tolist() == [[2, 2, 5.5, 5.5]]
+    assert double.boxes(box).tolist() == [[8, 8, 19, 19]]
+    assert half.polygons(tips).tolist() == [[[2, 4.5]]]
+
+
 def test_only_the_best_locations_of_a_level_stay():
     # By probability times centerness, without the constant.
     objects = [

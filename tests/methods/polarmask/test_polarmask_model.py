@@ -101,6 +101,20 @@ def test_no_mask_is_empty(model):
     assert found.pred_masks[1, :, 0].sum() > 1
 
 
+def test_areas_draw_the_disk_where_it_is():
+    """At half the size the authors' rule moves a mask towards the upper left corner."""
+    ys, xs = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    # Pixel 28 of the input has its centre a quarter of a pixel left of that of pixel 14.
+    wanted = (xs - 13.75) ** 2 + (ys - 13.75) ** 2 <= 10.25**2
+    overlap = {}
+    for coordinates in ("indices", "areas"):
+        model = make(NODE + "COORDINATES", coordinates)
+        got = infer(model, raw_of([(27, 0.9, 0.5, [20.0] * 4, 20.0)]), 32, 32).pred_masks[0]
+        overlap[coordinates] = (got & wanted).sum() / (got | wanted).sum()
+    assert overlap["areas"] > 0.93
+    assert overlap["areas"] > overlap["indices"] + 0.02
+
+
 def test_run_lengths_are_those_of_the_masks():
     objects = [(27, 0.9, 0.5, [8.0] * 4, 8.0), (70, 0.8, 0.5, [20.0] * 4, 25.0)]
     masks = infer(make(), raw_of(objects), 100, 80)
@@ -190,6 +204,15 @@ def test_the_class_loss_is_divided_by_positives_and_images(model):
     torch.testing.assert_close(model.losses(raw, images, gts)["loss_cls"], expected)
 
 
+def test_lengths_at_the_start():
+    model = make(NODE + "INIT_LENGTH", 16.0).eval()
+    images = model.preprocess_image(OBJECTS)
+    with torch.no_grad():
+        raw = model.head(model.backbone(images.tensor))
+    for logs in (raw.box_logs, raw.ray_logs):
+        assert logs.exp().mean() == pytest.approx(16, rel=0.1)
+
+
 def test_weights_multiply_the_losses():
     keys = ("CLS", "BOX", "MASK", "CENTERNESS")
     opts = [x for n, key in enumerate(keys) for x in (f"{NODE}LOSS_WEIGHT_{key}", n + 2.0)]
@@ -256,6 +279,8 @@ def test_all_centerness_zero_is_finite(model):
         (("CENTERNESS", "iou"), "CENTERNESS"),
         (("MASK_LOSS", "l2"), "MASK_LOSS"),
         (("NMS_ON", "rays"), "NMS_ON"),
+        (("COORDINATES", "pixels"), "COORDINATES"),
+        (("INIT_LENGTH", 0.0), "INIT_LENGTH"),
     ],
 )
 def test_settings_that_do_not_fit_name_their_key(opts, words):
