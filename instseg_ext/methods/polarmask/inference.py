@@ -138,7 +138,8 @@ def detect(
         options: thresholds.
 
     Returns:
-        See ``Detections``; possibly none. Locations with distances that are not finite give none.
+        See ``Detections``; possibly none. Locations with logits that are no numbers or distances
+        that are not finite give none.
     """
     quality = None if ctr_logits is None else ctr_logits.float().sigmoid()
     location = _candidate_locations(class_logits, quality, level_counts, options)
@@ -180,6 +181,8 @@ def _candidate_locations(
     """Return the locations that can give a detection, in order."""
     best = class_logits.amax(dim=1).float()
     rank = best.sigmoid() if quality is None else best.sigmoid() * quality
+    # Behind all others; topk would take NaN for the largest value.
+    rank = rank.nan_to_num(nan=-1.0)
     chosen, start = torch.zeros_like(best, dtype=torch.bool), 0
     for level in rank.split(level_counts):
         count = len(level)
@@ -188,6 +191,7 @@ def _candidate_locations(
         else:
             chosen[start : start + count] = True
         start += count
+    chosen &= rank >= 0
     if 0 < options.score_thresh < 1:
         # The margin covers the rounding of the sigmoid.
         needed = math.log(options.score_thresh / (1 - options.score_thresh)) - 1e-3

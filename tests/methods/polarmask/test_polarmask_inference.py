@@ -18,8 +18,11 @@ def logit(p):
     return math.log(p / (1 - p))
 
 
-def run(objects, *, frame=FRAME, num_rays=8, with_ctr=True, with_box=True, **options):
-    """Detect what is put at some locations: (location, class, prob, centerness, sides, length)."""
+def run(objects, *, frame=FRAME, num_rays=8, with_ctr=True, with_box=True, broken=(), **options):
+    """Detect what is put at some locations: (location, class, prob, centerness, sides, length).
+
+    ``broken`` names an output, ``class`` or ``centerness``, and a location where it is NaN.
+    """
     points = locations(SIZES, STRIDES)
     class_logits = torch.full((len(points), 3), -20.0)
     ctr = torch.full((len(points),), -20.0)
@@ -30,6 +33,9 @@ def run(objects, *, frame=FRAME, num_rays=8, with_ctr=True, with_box=True, **opt
         ctr[location] = logit(centerness)
         boxes[location] = torch.tensor(sides).log()
         rays[location] = math.log(length)
+    if broken:
+        name, location = broken
+        {"class": class_logits[:, 1], "centerness": ctr}[name][location] = math.nan
     return detect(
         class_logits,
         ctr if with_ctr else None,
@@ -140,6 +146,13 @@ def test_values_that_are_not_finite_give_no_detection():
     assert found.locations.tolist() == [40]
     found = run([(10, 0, 0.9, 0.9, [5.0] * 4, math.inf), (40, 0, 0.8, 0.9, [5.0] * 4, 5.0)])
     assert found.locations.tolist() == [40]
+
+
+@pytest.mark.parametrize("output", ["class", "centerness"])
+def test_a_logit_that_is_no_number_gives_no_detection_and_takes_no_place(output):
+    objects = [(10, 0, 0.9, 0.9, SIDES, 5.0), (40, 0, 0.8, 0.9, SIDES, 5.0)]
+    assert run(objects, nms_pre=1).locations.tolist() == [10]
+    assert run(objects, nms_pre=1, broken=(output, 10)).locations.tolist() == [40]
 
 
 def test_nothing_gives_nothing():
