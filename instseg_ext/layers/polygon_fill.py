@@ -171,7 +171,7 @@ def _paint_by_summing(bounds: Tensor, pixels: int) -> Tensor:
     # Added, because one run may end where that of the next polygon begins.
     for column, value in ((0, 1), (1, -1)):
         steps.index_add_(0, bounds[:, column], steps.new_full((len(bounds),), value))
-    return steps.cumsum(dim=0, dtype=torch.int8)[:pixels].bool()
+    return steps.cumsum(dim=0, dtype=torch.int8)[:pixels].view(torch.bool)
 
 
 def polygons_to_rle(polygons: Tensor, size_hw: tuple[int, int]) -> RLEList:
