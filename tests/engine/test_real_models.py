@@ -18,7 +18,7 @@ from instseg_ext.engine import Trainer
 pytestmark = pytest.mark.slow
 
 # Methods whose losses follow INSTSEG.LOSS_NORMALIZER and draw no random samples.
-DENSE = ["SOLOv2", "SOLO", "Decoupled", "YOLACT"]
+DENSE = ["SOLOv2", "SOLO", "Decoupled", "YOLACT", "PolarMask"]
 
 
 @pytest.fixture(scope="module")
