@@ -227,7 +227,8 @@ class InstSegCheckpointer(DetectionCheckpointer):
             raise ValueError(
                 "no tensor of the weights belongs to the model (unused, for example: "
                 f"{', '.join(incompatible.unexpected_keys[:3]) or 'none'}): use other "
-                f"MODEL.WEIGHTS{remedy}."
+                "MODEL.WEIGHTS, bring a file of another code base into our names with `instseg "
+                f"convert`{remedy}."
             )
 
 

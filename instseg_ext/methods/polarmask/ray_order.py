@@ -73,8 +73,9 @@ def check_ray_order(sides: Tensor, rays: Tensor) -> RayOrder:
     count = int(telling.sum())
     if count < _FEWEST:
         raise ValueError(
-            f"Of {len(sides)} confident detections only {count} can tell the order of the rays, "
-            f"and {_FEWEST} are needed: give more pictures, with objects that are longer than wide."
+            f"{count} of {len(sides)} detections with a score of {_CONFIDENT} or more can tell the "
+            f"order of the rays, and {_FEWEST} are needed: give more pictures, with objects that "
+            "the model knows and that are longer than wide."
         )
     sides, rays = sides[telling], rays[telling]
     order = RayOrder(_median_error(rays, "down", sides), _median_error(rays, "left", sides), count)

@@ -94,13 +94,13 @@ def test_square_objects_do_not_take_part():
 def test_too_few_detections_decide_nothing_and_it_says_what_to_do(count):
     squares, square_rays = rectangles(20, ratio=(0.95, 1.05))
     sides, rays = rectangles(count)
-    message = f"Of {20 + count} confident detections only {count} .* give more pictures"
+    message = f"{count} of {20 + count} detections with a score .* give more pictures"
     with pytest.raises(ValueError, match=message):
         check_ray_order(torch.cat([squares, sides]), torch.cat([square_rays, rays]))
 
 
 def test_no_detections_at_all():
-    with pytest.raises(ValueError, match="Of 0 confident detections only 0"):
+    with pytest.raises(ValueError, match=r"0 of 0 detections with a score of 0\.3"):
         check_ray_order(torch.zeros(0, 4), torch.zeros(0, 36))
 
 
@@ -208,7 +208,7 @@ def test_old_names_with_new_rays_are_found_out(check, capsys):
 
 def test_detections_of_low_score_are_not_asked(check, capsys):
     assert check(files.NEW, confidence=-1.5)() == 2
-    assert "Of 0 confident detections" in capsys.readouterr().err
+    assert "0 of 0 detections with a score of 0.3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
