@@ -107,8 +107,9 @@ def add_polarmask_config(cfg: CN) -> None:
     # Boxes that overlap: box (of the box branch) or mask (around the polygon).
     _C.MODEL.POLARMASK.NMS_ON = "box"
     # How results get the size of the image. indices: pixel indices are divided by the factors of
-    # the resize and vertices cut to integers, as the authors do, which moves masks by up to half a
-    # pixel. areas: a pixel covers an area, and vertices go to the nearest pixel, which is exact.
+    # the resize and vertices cut to integers, as the authors do, which moves masks by half a pixel
+    # of the network input. areas: a pixel covers an area, and vertices go to the nearest pixel,
+    # which is exact for masks.
     _C.MODEL.POLARMASK.COORDINATES = "indices"
 
 

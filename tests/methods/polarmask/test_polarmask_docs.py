@@ -91,3 +91,11 @@ def test_every_ablation_is_a_model(what, plain):
     assert model.head.ray_pred.out_channels == node.NUM_RAYS
     assert (model.head.box_pred is None) == (not node.WITH_BOX)
     assert (model.head.ctrness is None) == (node.CENTERNESS == "none")
+
+
+def test_every_name_in_capitals_is_a_key():
+    node = PROJECT.config("polarmask_R_50_768_1x").MODEL.POLARMASK
+    text = re.sub(r"```.*?```", "", PROJECT.text, flags=re.DOTALL)
+    names = set(re.findall(r"`([A-Z][A-Z0-9_]+)(?: [\w.]+)?`", text))
+    assert {"COORDINATES", "INIT_LENGTH", "RAY_ORIGIN"} <= names
+    assert [name for name in sorted(names) if name not in node] == []
