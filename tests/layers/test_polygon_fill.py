@@ -9,11 +9,17 @@ from instseg_ext.layers import polygon_fill
 from instseg_ext.layers.polygon_fill import fill_polygons, polygon_runs, polygons_to_rle
 from instseg_ext.structures.rle import encode_masks
 
+OPENCV = {
+    "fillPoly": lambda mask, polygon: cv2.fillPoly(mask, [polygon], 1),
+    # What the authors of PolarMask call.
+    "drawContours": lambda mask, polygon: cv2.drawContours(mask, [polygon], -1, 1, cv2.FILLED),
+}
 
-def by_opencv(polygons, size_hw):
+
+def by_opencv(function, polygons, size_hw):
     masks = np.zeros((len(polygons), *size_hw), dtype=np.uint8)
     for mask, polygon in zip(masks, polygons.numpy(), strict=True):
-        cv2.fillPoly(mask, [polygon.astype(np.int32)[:, None]], 1)
+        OPENCV[function](mask, polygon.astype(np.int32)[:, None])
     return torch.from_numpy(masks).bool()
 
 
@@ -34,13 +40,34 @@ def tangle(rng, num, vertices, size_hw):
     return torch.from_numpy(np.stack(corners, axis=-1))
 
 
+@pytest.mark.parametrize("function", OPENCV)
 @pytest.mark.parametrize("make", [star, tangle])
-def test_pixels_are_those_of_opencv(make):
+def test_pixels_are_those_of_opencv(make, function):
     rng = np.random.default_rng(0)
     for _ in range(60):
         size_hw = tuple(int(side) for side in rng.integers(1, 60, 2))
         polygons = make(rng, rng.integers(1, 20), rng.integers(3, 40), size_hw)
-        assert torch.equal(fill_polygons(polygons, size_hw), by_opencv(polygons, size_hw))
+        expected = by_opencv(function, polygons, size_hw)
+        assert torch.equal(fill_polygons(polygons, size_hw), expected)
+
+
+@pytest.mark.parametrize("function", OPENCV)
+def test_long_edges_are_those_of_opencv(function):
+    size_hw = (1000, 1400)
+    polygons = tangle(np.random.default_rng(4), 3, 36, size_hw)
+    expected = by_opencv(function, polygons, size_hw)
+    assert torch.equal(fill_polygons(polygons, size_hw), expected)
+
+
+def test_more_pixels_than_32_bits_can_number():
+    small, side, num = 50, 20_000, 100
+    # One pixel away from the border, so that no run goes on in the next column.
+    polygons = star(np.random.default_rng(5), num, 36, (small - 2, small - 2)) + 1
+    far = side - small
+    index, *ends = polygon_runs(polygons, (small, small), by_column=True).T
+    expected = [(x // small + far) * side + x % small + far for x in ends]
+    found = polygon_runs(polygons + far, (side, side), by_column=True)
+    assert torch.equal(found, torch.stack([index, *expected], dim=1))
 
 
 @pytest.mark.parametrize("make", [star, tangle])
