@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 
 import instseg_ext
+from instseg_ext.methods.polarmask import arch
 from instseg_ext.methods.polarmask.head import PolarMaskOutputs
 from instseg_ext.structures.contours import trace_contours
 
@@ -19,6 +20,8 @@ TINY = (
     "MODEL.POLARMASK.WIDTH", 16,
     "MODEL.POLARMASK.NORM", "",
     "MODEL.POLARMASK.NUM_CONVS", 1,
+    # The authors' rules, where the recipe for nuclei has others.
+    "MODEL.POLARMASK.COORDINATES", "indices",
 )  # fmt: skip
 NODE = "MODEL.POLARMASK."
 FCOS = (
@@ -101,17 +104,21 @@ def test_no_mask_is_empty(model):
     assert found.pred_masks[1, :, 0].sum() > 1
 
 
-def test_areas_draw_the_disk_where_it_is():
-    """At half the size the authors' rule moves a mask towards the upper left corner."""
-    ys, xs = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    # Pixel 28 of the input has its centre a quarter of a pixel left of that of pixel 14.
-    wanted = (xs - 13.75) ** 2 + (ys - 13.75) ** 2 <= 10.25**2
+@pytest.mark.parametrize("side", [48, 64, 96])
+def test_areas_draw_the_disk_where_it_is(side):
+    """The authors' rule moves a mask towards the upper left corner, at the same size, too."""
+    scale = side / 64
+    # The middle of pixel 28 of the input, whose border pixels end half a pixel behind the tips.
+    centre, radius = 28.5 * scale - 0.5, 20.5 * scale
+    ys, xs = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    wanted = (xs - centre) ** 2 + (ys - centre) ** 2 <= radius**2
     overlap = {}
     for coordinates in ("indices", "areas"):
         model = make(NODE + "COORDINATES", coordinates)
-        got = infer(model, raw_of([(27, 0.9, 0.5, [20.0] * 4, 20.0)]), 32, 32).pred_masks[0]
+        raw = raw_of([(27, 0.9, 0.5, [20.0] * 4, 20.0)])
+        got = infer(model, raw, side, side).pred_masks[0]
         overlap[coordinates] = (got & wanted).sum() / (got | wanted).sum()
-    assert overlap["areas"] > 0.93
+    assert overlap["areas"] > 0.975
     assert overlap["areas"] > overlap["indices"] + 0.02
 
 
@@ -202,6 +209,21 @@ def test_the_class_loss_is_divided_by_positives_and_images(model):
     alpha = torch.where(positive, 0.25, 0.75)
     expected = -(alpha * wrong**2 * (1 - wrong).log()).sum() / (positive.sum() + 2)
     torch.testing.assert_close(model.losses(raw, images, gts)["loss_cls"], expected)
+
+
+def test_one_positive_location_in_two_processes(monkeypatch):
+    """Under a global normaliser it counts fully, wherever it is; the other process has none."""
+
+    def mean(sums):
+        return (sums + torch.tensor([1.0, 0.0, 0.0])) / 2
+
+    monkeypatch.setattr(arch, "mean_over_processes", mean)
+    monkeypatch.setattr(arch.comm, "get_world_size", lambda: 2)
+    model = make("INSTSEG.LOSS_NORMALIZER", "global")
+    divisors = model._normalizers(torch.tensor([0.25]), num_images=1)
+    assert [float(x) for x in divisors] == [1.5, 0.125, 0.5]
+    divisors = make()._normalizers(torch.tensor([0.25]), num_images=1)
+    assert [float(x) for x in divisors] == [2.0, 0.25, 1.0]
 
 
 def test_lengths_at_the_start():
