@@ -104,13 +104,14 @@ def _spans(place: Tensor, place_step: Tensor, line_step: Tensor, j: Tensor) -> T
         j: (L,) lines from the beginning of the edge.
     """
     # A vertex must count once: an edge meets its line with the lowest number, not the last one.
-    meets = torch.where(line_step > 0, j < line_step, j > 0) & (line_step != 0)
+    meets = torch.where(line_step > 0, j < line_step, (j > 0) & (line_step < 0))
+    meets = meets.nonzero().squeeze(1)
     place, place_step, lines, j = place[meets], place_step[meets], line_step[meets].abs(), j[meets]
     # Float64 holds the products, and a quotient that is no integer differs from one by far more
     # than it rounds.
     crossing = place + (place_step * j / lines.double()).ceil().long()
     # Every line is met an even number of times.
-    return crossing.sort().values.view(-1, 2).T
+    return _sorted(crossing).view(-1, 2).T
 
 
 def _borders(place: Tensor, place_step: Tensor, line_step: Tensor, j: Tensor) -> Tensor:
@@ -130,10 +131,21 @@ def _borders(place: Tensor, place_step: Tensor, line_step: Tensor, j: Tensor) ->
     return torch.stack([first, last + 1])
 
 
+def _sorted(values: Tensor) -> Tensor:
+    """Return (L,) int64 values in order."""
+    if values.device.type == "cpu":
+        # Torch sorts indices along with them, at four times the price.
+        return torch.from_numpy(np.sort(values.numpy()))
+    return values.sort().values
+
+
 def _union(intervals: Tensor) -> tuple[Tensor, Tensor]:
     """Return first pixel and end of the runs that (2, L) intervals make together."""
-    first, order = intervals[0].sort()
-    end = intervals[1][order].cummax(dim=0).values
+    # Both numbers in one, so that one sort of values orders them: intervals lie within a line, and
+    # no line has 2 ** 20 pixels.
+    packed = _sorted(intervals[0] * 2**20 + (intervals[1] - intervals[0]))
+    first = packed >> 20
+    end = (first + packed % 2**20).cummax(dim=0).values
     begins = torch.ones_like(first, dtype=torch.bool)
     begins[1:] = first[1:] > end[:-1]
     # A run ends where the interval before the next run's first one does.
