@@ -1,7 +1,7 @@
 """Peak memory of 100 masks on a 5000 x 4000 image, measured in a process of its own.
 
 "one" and "two" are a dense model's masks after one and two resizes, "boxes" those of a two-stage
-model.
+model, "polygons" those of PolarMask.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SCRIPT = """
 import resource, sys, torch
 from detectron2.structures import Boxes, Instances
-from instseg_ext.modeling.masks import Crop, Resize, masks_to_instances
+from instseg_ext.modeling.masks import Crop, Resize, masks_to_instances, polygons_to_instances
 from instseg_ext.modeling.rcnn import paste_instances
 
 kind, way, num, scale, budget_mb = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
@@ -47,12 +47,26 @@ def boxes(num, size):
     results = Instances(size, **fields)
     return lambda: paste_instances(results, size, output="rle", budget_mb=budget_mb)
 
+def polygons(num, size):
+    angle = torch.arange(36) * torch.pi / 18
+    # spikes through the whole image, which meet the most lines
+    length = 0.1 + torch.rand(num, 36, 1, generator=torch.Generator().manual_seed(0))
+    side = torch.tensor([size[1], size[0]])
+    tips = side / 2 * (1 + length * torch.stack([angle.sin(), angle.cos()], dim=1))
+    xyxy = torch.cat([tips.amin(1), tips.amax(1)], dim=1)
+    return lambda: polygons_to_instances(
+        tips, xyxy, torch.ones(num), torch.zeros(num), image_size=size, output="rle"
+    )
+
 steps = [Resize(size)]
 if kind == "two":
     steps = [Resize((800, 1008)), Crop((800, 1000)), *steps]
 if kind == "boxes":
     boxes(4, (20, 20))()
     make = boxes(num, size)
+elif kind == "polygons":
+    polygons(4, (20, 20))()
+    make = polygons(num, size)
 else:
     dense(4, (8, 8), (4, 4), [Resize((8, 8))])()
     make = dense(num, size, (200, 252), steps)
@@ -85,7 +99,10 @@ def test_small_budget(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "way"),
-    [("one", "windowed"), ("two", "windowed"), ("one", "plain"), ("two", "plain"), ("boxes", "")],
+    [
+        *[("one", "windowed"), ("two", "windowed"), ("one", "plain"), ("two", "plain")],
+        *[("boxes", ""), ("polygons", "")],
+    ],
 )
 def test_hundred_detections_at_5000x4000(kind, way):
     rise = rise_mb(kind, way, 100, 1000, 256)

@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 
 import instseg_ext
+from instseg_ext.evaluation.coco import instances_to_results
 from instseg_ext.methods.polarmask import arch
 from instseg_ext.methods.polarmask.head import PolarMaskOutputs
 from instseg_ext.structures.contours import trace_contours
@@ -135,6 +136,16 @@ def decode(rle):
     from pycocotools import mask as coco_mask
 
     return coco_mask.decode(rle)
+
+
+def test_two_classes_are_evaluated():
+    """Check 15: the authors' evaluation takes the results of two classes for something else."""
+    model = make(NODE + "NUM_CLASSES", 2, "INSTSEG.MASK_OUTPUT", "rle")
+    raw = raw_of([(27, 0.9, 0.5, [8.0] * 4, 8.0), (70, 0.8, 0.5, [20.0] * 4, 25.0)], num_classes=2)
+    raw.class_logits[0, 70] = raw.class_logits[0, 70].flip(0)
+    results = instances_to_results(infer(model, raw, 64, 64), 5, [1, 2])
+    assert [result["category_id"] for result in results] == [1, 2]
+    assert all(decode(result["segmentation"]).any() for result in results)
 
 
 def test_without_rays_there_are_boxes_only():
