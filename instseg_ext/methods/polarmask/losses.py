@@ -15,6 +15,9 @@ __all__ = ["box_loss", "centerness_loss", "polar_iou_loss", "smooth_l1_loss"]
 
 # Floor of overlaps and of sums of lengths: their quotients and logarithms stay finite.
 _EPS = 1e-6
+# Longest side that a box is given: larger areas overflow, and then gradients are no numbers. The
+# overlap with any image is below the floor long before.
+_FAR = 1e9
 
 
 def box_loss(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ def box_loss(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     Returns:
         0-d float32.
     """
-    pred, target = pred.float(), target.float()
+    pred, target = pred.float().clamp(max=_FAR), target.float()
     overlap = _area(torch.minimum(pred, target))
     union = _area(pred) + _area(target) - overlap
     return -((overlap / union).clamp(min=_EPS).log() * weight).sum()

@@ -168,6 +168,12 @@ def test_extreme_logits_give_finite_values_and_gradients(loss, rays, logit):
     assert logs.grad.isfinite().all()
 
 
+def test_a_box_whose_area_overflows_has_a_gradient():
+    logs = torch.full((2, 4), 60.0, requires_grad=True)  # lengths of 1e26
+    box_loss(distances(logs), torch.full((2, 4), 10.0), torch.ones(2)).backward()
+    assert torch.equal(logs.grad, torch.zeros(2, 4))
+
+
 def test_rays_that_vanish_in_exp_cost_a_bounded_amount():
     logs = torch.full((2, 36), -200.0, requires_grad=True)  # exp is 0 in float32
     targets = torch.stack([torch.zeros(36), torch.full((36,), 10.0)])
