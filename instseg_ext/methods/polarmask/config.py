@@ -108,8 +108,9 @@ def add_polarmask_config(cfg: CN) -> None:
     _C.MODEL.POLARMASK.NMS_ON = "box"
     # How results get the size of the image. indices: pixel indices are divided by the factors of
     # the resize and vertices cut to integers, as the authors do, which moves masks by half a pixel
-    # of the network input. areas: a pixel covers an area, and vertices go to the nearest pixel,
-    # which is exact for masks.
+    # and makes boxes too wide or narrow. areas: a pixel covers an area and vertices go to the
+    # nearest pixel. Masks of disks then overlap better (IoU 0.98 for 0.94) unless the image is much
+    # smaller than the network input, where both are equal.
     _C.MODEL.POLARMASK.COORDINATES = "indices"
 
 
