@@ -106,11 +106,12 @@ def add_polarmask_config(cfg: CN) -> None:
     _C.MODEL.POLARMASK.NMS_THRESH = 0.5
     # Boxes that overlap: box (of the box branch) or mask (around the polygon).
     _C.MODEL.POLARMASK.NMS_ON = "box"
-    # How results get the size of the image. indices: pixel indices are divided by the factors of
-    # the resize and vertices cut to integers, as the authors do, which moves masks by half a pixel
-    # and makes boxes too wide or narrow. areas: a pixel covers an area and vertices go to the
-    # nearest pixel. Masks of disks then overlap better (IoU 0.98 for 0.94) unless the image is much
-    # smaller than the network input, where both are equal.
+    # How boxes get the size of the network input in training, and results the size of the image.
+    # indices: pixel indices are multiplied and divided by the factors of the resize, and vertices
+    # cut to integers, as the authors do: masks lie on average half a pixel of the network input too
+    # far to the left and up. areas: a pixel covers an area, and vertices go to the nearest pixel.
+    # Masks of disks then overlap better (IoU 0.98 for 0.94) unless the image is much smaller than
+    # the network input, where both are equal.
     _C.MODEL.POLARMASK.COORDINATES = "indices"
 
 

@@ -30,7 +30,9 @@ class PolarMaskMapper(InstSegDatasetMapper):
 
     Boxes are the annotated ones, moved with the image and cut at its border. They are inclusive:
     (x1, y1, x2, y2) are the indices of the first and the last pixel, so that the authors' distances
-    come out (code of arXiv:1909.13226); a sample says so by ``boxes_inclusive``. Contours are those
+    come out (code of arXiv:1909.13226); a sample says so by ``boxes_inclusive``. With
+    ``MODEL.POLARMASK.COORDINATES`` "areas" the pixels are those that the resized object covers,
+    otherwise the resized indices, as the authors have it. Contours are those
     of :func:`instseg_ext.structures.contours.trace_contours` at the size of the network input.
 
     Left out are objects too small in the image file, those marked ``ignore``, crowds (whose pixels
@@ -47,6 +49,7 @@ class PolarMaskMapper(InstSegDatasetMapper):
         image_format: str,
         min_area: float,
         min_size: float,
+        coordinates: str = "indices",
         with_contours: bool = True,
     ):
         """Set up the mapper; with a config it is ``PolarMaskMapper(cfg, is_train)``.
@@ -58,6 +61,7 @@ class PolarMaskMapper(InstSegDatasetMapper):
             min_area: objects stay whose annotated area is above this many pixels of the image file
                 and whose mask has at least as many; the mask's pixels count where there is no area.
             min_size: objects stay whose width or height is at least this many pixels of the file.
+            coordinates: ``indices`` or ``areas``.
             with_contours: False for a box detector: no masks are drawn, boxes alone decide what is
                 left of an object.
 
@@ -69,6 +73,7 @@ class PolarMaskMapper(InstSegDatasetMapper):
             if value < 0:
                 raise ValueError(f"MODEL.POLARMASK.{key} is 0 or more, not {value}.")
         self.min_area, self.min_size, self.with_contours = min_area, min_size, with_contours
+        self.coordinates = coordinates
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -80,6 +85,7 @@ class PolarMaskMapper(InstSegDatasetMapper):
             **arguments,
             "min_area": node.MIN_AREA,
             "min_size": node.MIN_SIZE,
+            "coordinates": node.COORDINATES,
             "with_contours": node.WITH_MASK or node.CENTER == "mass",
         }
 
@@ -116,7 +122,10 @@ class PolarMaskMapper(InstSegDatasetMapper):
         """Transform the annotations of one image; see the base class and ``__call__``."""
         boxes = annotation_boxes(annotations)
         large = self._large_enough(annotations, boxes, source_hw)
-        moved = inclusive_boxes(boxes, transforms, source_hw)
+        if self.coordinates == "areas":
+            moved = (transforms.apply_box(boxes) - [0, 0, 1, 1]).astype(np.float32)
+        else:
+            moved = inclusive_boxes(boxes, transforms, source_hw)
         height, width = size_hw
         seen = (moved[:, 2:] >= 0) & (moved[:, :2] <= np.array([width - 1, height - 1]))
         kept = np.flatnonzero(large & seen.all(axis=1)).tolist()

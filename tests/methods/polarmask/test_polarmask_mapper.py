@@ -169,6 +169,20 @@ def test_boxes_have_the_bits_of_the_authors_code(flip_first):
     )
 
 
+@pytest.mark.parametrize("scale", [0.5, 3])
+def test_boxes_of_areas_cover_the_resized_object(sample, scale):
+    """Pixels 10 to 19 at three times the size are pixels 30 to 59; an index 19 becomes 57."""
+    resize = StretchTransform(HEIGHT, WIDTH, int(HEIGHT * scale), int(WIDTH * scale))
+    boxes = {}
+    for kind in ("areas", "indices"):
+        mapper = make_mapper(resize, coordinates=kind)
+        instances = mapper(sample(rectangle(10, 20, 20, 40)))["instances"]
+        boxes[kind] = instances.gt_boxes.tensor[0]
+    expected = torch.tensor([10.0, 20, 20, 40]) * scale - torch.tensor([0, 0, 1, 1])
+    torch.testing.assert_close(boxes["areas"], expected)
+    torch.testing.assert_close(boxes["indices"], torch.tensor([10.0, 20, 19, 39]) * scale)
+
+
 def test_boxes_are_cut_at_the_border(sample):
     wide = rectangle(20, 10, 50, 30, bbox=[-3.0, -2.0, 100.0, 60.0])
     assert make_mapper()(sample(wide))["instances"].gt_boxes.tensor.tolist() == [[0, 0, 79, 49]]
