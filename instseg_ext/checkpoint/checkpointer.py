@@ -177,7 +177,8 @@ class InstSegCheckpointer(DetectionCheckpointer):
         checkpoint["model"] = _without_prefix(checkpoint["model"])
         if not checkpoint.get("matching_heuristics", False):
             # With heuristics the names are not the model's yet; detectron2 compares shapes itself.
-            self._drop_misfits(checkpoint["model"])
+            names = (checkpoint.get("instseg_ext") or {}).get("class_names")
+            self._drop_misfits(checkpoint["model"], len(names) if names else None)
         incompatible = super()._load_model(checkpoint)
         self._check_overlap(incompatible, checkpoint)
         self._load_averaged(averaged_weights)
@@ -193,8 +194,13 @@ class InstSegCheckpointer(DetectionCheckpointer):
             logger.warning("The checkpoint holds no averaged weights: averaging starts here.")
         self.averaged.reset()
 
-    def _drop_misfits(self, weights: dict[str, Any]) -> None:
-        """Remove classifier tensors of another class count if allowed, else raise."""
+    def _drop_misfits(self, weights: dict[str, Any], file_classes: int | None) -> None:
+        """Remove classifier tensors of another class count if allowed, else raise.
+
+        Args:
+            weights: of the file; changed in place.
+            file_classes: how many classes the file says to have been trained for.
+        """
         expected = self.model.state_dict()
         misfits = {
             key: (tuple(value.shape), tuple(expected[key].shape))
@@ -204,6 +210,9 @@ class InstSegCheckpointer(DetectionCheckpointer):
         if not misfits:
             return
         by_classes, others = split_class_mismatch(misfits, self.num_classes)
+        if file_classes is not None and file_classes == self.num_classes:
+            # Where classes are few, almost any two sizes could count them.
+            others = misfits
         if others:
             raise ValueError(
                 f"the weights are of another architecture: {_describe(others)}. Use the config "

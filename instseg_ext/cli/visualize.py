@@ -135,6 +135,11 @@ def _predictions(
         results = _read_results(args.results, truth)
     else:
         results = _predict(args, cfg, method, truth, images)
+    if results and not any("segmentation" in result for result in results):
+        raise ValueError(
+            "The results hold boxes only, but annotated and predicted masks are to be compared; use "
+            "`instseg predict` to see the boxes."
+        )
     reports = predictions.rank_images(
         truth, results, threshold=args.confidence_threshold, order=args.order
     )

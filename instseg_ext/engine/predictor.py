@@ -14,6 +14,7 @@ from detectron2.structures import Instances
 
 from instseg_ext import data
 from instseg_ext.checkpoint import InstSegCheckpointer, read_metadata
+from instseg_ext.engine.standalone import class_count
 from instseg_ext.evaluation import inference_mode
 from instseg_ext.layers.mask_ops import RLEList
 from instseg_ext.method import Method
@@ -117,7 +118,9 @@ class Predictor:
         self.model = build_model(self.cfg)
         self.model.eval()
         if cfg.MODEL.WEIGHTS:
-            checkpointer = InstSegCheckpointer(self.model, unsafe=unsafe)
+            checkpointer = InstSegCheckpointer(
+                self.model, num_classes=class_count(cfg, method), unsafe=unsafe
+            )
             checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
         else:
             logger.warning("MODEL.WEIGHTS is empty: predicting with random weights.")

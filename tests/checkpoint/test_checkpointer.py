@@ -225,6 +225,14 @@ class TestClassCount:
         with pytest.raises(ValueError, match=r"another architecture: .*stem\.weight"):
             InstSegCheckpointer(Model(width=16), reset_classifier=True, num_classes=3).load(path)
 
+    def test_a_file_of_as_many_classes_does_not_differ_in_them(self, tmp_path):
+        """Of 1 class, 8 and 12 channels might be 4 anchors times 2 or 3 classes."""
+        InstSegCheckpointer(Model(2), str(tmp_path), metadata={"class_names": ["a"]}).save("x")
+        path = str(tmp_path / "x.pth")
+        with pytest.raises(ValueError, match="another architecture"):
+            InstSegCheckpointer(Model(3), reset_classifier=True, num_classes=1).load(path)
+        InstSegCheckpointer(Model(3), reset_classifier=True, num_classes=3).load(path)
+
     def test_equal_class_count_is_untouched(self, tmp_path):
         want = Model()
         torch.save(want.state_dict(), tmp_path / "x.pth")

@@ -95,6 +95,7 @@ def test_bad_requests_are_named(blob_data, use_blobs, tmp_path):
         ("{", "not valid JSON"),
         ('{"a": 1}', "no list of COCO results"),
         ('[{"image_id": 77, "category_id": 1, "score": 1}]', "another data set"),
+        ('[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [0, 0, 2, 2]}]', "boxes only"),
     ):
         strange.write_text(content)
         with pytest.raises(ValueError, match=message):
