@@ -137,8 +137,8 @@ def _predictions(
         results = _predict(args, cfg, method, truth, images)
     if results and not any("segmentation" in result for result in results):
         raise ValueError(
-            "The results hold boxes only, but annotated and predicted masks are to be compared; use "
-            "`instseg predict` to see the boxes."
+            "The results hold boxes only, and this picture compares masks; `instseg predict` draws "
+            "boxes."
         )
     reports = predictions.rank_images(
         truth, results, threshold=args.confidence_threshold, order=args.order
