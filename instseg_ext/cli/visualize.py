@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=float,
         default=0.5,
         metavar="T",
-        help="predictions: leave out detections with a lower score (default 0.5)",
+        help="leave out detections with a lower score (default 0.5); not for data",
     )
     add(
         "--order",
@@ -204,7 +204,9 @@ def _figure(
 
     if args.count < 0:
         raise ValueError(f"--count wants a number of pictures, or 0 for all, not {args.count}.")
-    make_predictor = functools.cache(lambda: Predictor(cfg, method, unsafe=args.unsafe))
+    make_predictor = functools.cache(
+        lambda: Predictor(cfg, method, threshold=args.confidence_threshold, unsafe=args.unsafe)
+    )
     return method.figures[args.kind](cfg, make_predictor, _pictures(args, cfg), folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +134,7 @@ def draw_rays(
         if len(found.scores):
             sheets["rays"] = _ray_sheet(picture, found, objects, node, predictor.names, size_hw)
         else:
-            logger.info("Nothing is detected in %s.", name)
+            logger.info("Nothing is detected in %s with a score of %s.", name, predictor.threshold)
         for kind, sheet in sheets.items():
             files.append(Path(folder) / f"{name}_{kind}.png")
             write_image(str(files[-1]), sheet)
@@ -143,7 +144,7 @@ def draw_rays(
 def _predict(
     predictor: Any, picture: np.ndarray, node: CfgNode
 ) -> tuple[_Predicted, tuple[int, int]]:
-    """Return the detections, on the CPU, and the size of the network input."""
+    """Return the detections above the threshold, on the CPU, and the size of the network input."""
     model = predictor.model
     images = model.preprocess_image([predictor.to_input(picture)])
     with model.precision():
@@ -153,8 +154,11 @@ def _predict(
     points, lengths = found.points.cpu(), found.distances.cpu()
     directions = ray_directions(node.NUM_RAYS, node.RAY_ORIGIN)
     polygons = decode_polygons(points, lengths, directions, size_hw)
-    predicted = _Predicted(points, lengths, polygons, found.scores.cpu(), found.classes.cpu())
-    return predicted, size_hw
+    scores, classes = found.scores.cpu(), found.classes.cpu()
+    least = -math.inf if predictor.threshold is None else predictor.threshold
+    count = int((scores >= least).sum())  # they fall
+    kept = (x[:count] for x in (points, lengths, polygons, scores, classes))
+    return _Predicted(*kept), size_hw
 
 
 def _objects(

@@ -67,7 +67,9 @@ def predictor(points, lengths, size_hw=HW):
         head=lambda features: features,
         detections=lambda raw, frames: [found],
     )
-    return SimpleNamespace(model=model, names=["disc"], to_input=lambda picture: picture)
+    return SimpleNamespace(
+        model=model, names=["disc"], to_input=lambda picture: picture, threshold=0.1
+    )
 
 
 def has(image, colour):
