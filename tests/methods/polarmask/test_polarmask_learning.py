@@ -14,7 +14,7 @@ def sized(side, width):
         "INPUT.MIN_SIZE_TRAIN", (side,),
         "INPUT.MIN_SIZE_TEST", side,
         "MODEL.POLARMASK.WIDTH", width,
-        "MODEL.POLARMASK.SIZE_RANGES", [side / 6, side / 3],
+        "MODEL.POLARMASK.SIZE_RANGES", [side / 4, side / 2],
     ]  # fmt: skip
 
 
