@@ -81,6 +81,11 @@ def add_shared_config(cfg: CfgNode) -> None:
     # leave it alone.
     _C.INSTSEG.SCALE_LR_BATCH = 0
 
+    # Evaluation of COCO-style data sets also gives Boundary AP (task "boundary"), which compares
+    # masks by the smaller one of mask IoU and boundary IoU (arXiv:2103.16562). Needs
+    # faster-coco-eval.
+    _C.INSTSEG.BOUNDARY_AP = False
+
     # Exponential moving average of the weights; evaluation uses it when enabled.
     _C.INSTSEG.EMA = CfgNode()
     _C.INSTSEG.EMA.ENABLED = False

@@ -34,7 +34,7 @@ def build_evaluator(
     """Build the evaluator named by the data set's ``evaluator_type``.
 
     Args:
-        cfg: read for ``TEST.KEYPOINT_OKS_SIGMAS``.
+        cfg: read for ``TEST.KEYPOINT_OKS_SIGMAS`` and ``INSTSEG.BOUNDARY_AP``.
         dataset_name: registered data set.
         method_hints: ``Method.evaluator_hints``; ``segm_score_field`` names the field that ranks
             masks.
@@ -60,8 +60,11 @@ def build_evaluator(
             segm_score_field=method_hints.get("segm_score_field"),
             seen_images_only=seen_images_only,
             keypoint_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+            boundary=cfg.INSTSEG.BOUNDARY_AP,
         )
     if kind in _FOREIGN:
+        if cfg.INSTSEG.BOUNDARY_AP:
+            logger.warning("INSTSEG.BOUNDARY_AP has no effect on %s, type %s.", dataset_name, kind)
         return _FOREIGN[kind](dataset_name, None if output_dir is None else str(output_dir))
     known = ", ".join(sorted(["coco", "coco_panoptic_seg", *_FOREIGN]))
     raise ValueError(

@@ -20,6 +20,8 @@ from pycocotools import mask as coco_mask
 
 from instseg_ext import data
 from instseg_ext.evaluation.coco_ap import (
+    MASK_TASKS,
+    METRICS,
     average_precision,
     average_precision_backend,
     load_ground_truth,
@@ -58,6 +60,7 @@ class InstSegCOCOEvaluator(DatasetEvaluator):
         seen_images_only: bool = False,
         keypoint_sigmas: Sequence[float] = (),
         max_detections: int = 100,
+        boundary: bool = False,
     ) -> None:
         """Load the ground truth of ``dataset_name``.
 
@@ -70,10 +73,17 @@ class InstSegCOCOEvaluator(DatasetEvaluator):
                 data set.
             keypoint_sigmas: see ``average_precision``.
             max_detections: detections per image and category that count; COCO's own limit is 100.
+            boundary: masks are judged by Boundary AP, too.
 
         Raises:
             FileNotFoundError: if the annotation file is missing.
+            ImportError: if ``boundary`` is asked for without faster-coco-eval.
         """
+        if boundary and average_precision_backend() != "faster_coco_eval":
+            raise ImportError(
+                "INSTSEG.BOUNDARY_AP needs the package faster-coco-eval: pip install "
+                "faster-coco-eval, or turn the key off."
+            )
         self._metadata = MetadataCatalog.get(dataset_name)
         self._dataset_name = dataset_name
         self._output_dir = None if output_dir is None else Path(output_dir)
@@ -81,6 +91,7 @@ class InstSegCOCOEvaluator(DatasetEvaluator):
         self._seen_images_only = seen_images_only
         self._keypoint_sigmas = keypoint_sigmas
         self._max_detections = max_detections
+        self._boundary = boundary
         self._dataset = _ground_truth(dataset_name)
         self._category_ids = _category_ids(self._metadata, self._dataset)
         self._records: list[dict[str, Any]] = []
@@ -120,8 +131,8 @@ class InstSegCOCOEvaluator(DatasetEvaluator):
 
         Returns:
             ``{"bbox": {"AP": ..., "AP50": ..., ..., "AP-<class>": ...}, "segm": {...}}`` in percent
-            on the main process, empty on the others and for data without annotations. NaN stands
-            for "no such ground truth".
+            on the main process, empty on the others and for data without annotations; ``boundary``
+            beside ``segm`` where asked for. NaN stands for "no such ground truth".
         """
         comm.synchronize()
         gathered = comm.gather(self._records, dst=0)
@@ -190,7 +201,9 @@ class InstSegCOCOEvaluator(DatasetEvaluator):
                     task,
                 )
                 offered.discard(task)
-        return [task for task in ("bbox", "segm", "keypoints") if task in offered]
+        if self._boundary and "segm" in offered:
+            offered.add("boundary")
+        return [task for task in METRICS if task in offered]
 
 
 def _ground_truth(dataset_name: str) -> dict[str, Any]:
@@ -213,7 +226,7 @@ def _category_ids(metadata: Any, dataset: Mapping[str, Any]) -> list[int]:
 
 def _ranked_for(task: str, results: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Replace ``score`` by ``mask_score`` for masks where there is one."""
-    if task != "segm":
+    if task not in MASK_TASKS:
         return results
     return [{**r, "score": r["mask_score"]} if "mask_score" in r else r for r in results]
 

@@ -39,8 +39,13 @@ logger = logging.getLogger(__name__)
 METRICS = {
     "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
     "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    "boundary": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
     "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
 }
+
+
+# Tasks that compare masks.
+MASK_TASKS = ("segm", "boundary")
 
 
 def average_precision_backend() -> str:
@@ -133,7 +138,10 @@ def average_precision(
         dataset: what ``load_ground_truth`` gives, with ``annotations``. Not modified.
         results: detections in COCO's result format; ``category_id`` as in the data set. Not
             modified.
-        iou_type: ``bbox``, ``segm`` or ``keypoints``.
+        iou_type: ``bbox``, ``segm``, ``keypoints`` or ``boundary``. The last one compares masks by
+            the smaller one of mask IoU and boundary IoU (arXiv:2103.16562), the boundary
+            being what is at most 2 % of the image's diagonal inside the mask; crowds are matched
+            by their masks. Only faster-coco-eval has it.
         image_ids: evaluate these images only; ``None`` means all.
         backend: ``faster_coco_eval`` or ``pycocotools``; ``None`` takes the first that is
             installed.
@@ -148,7 +156,8 @@ def average_precision(
         ground truth without any detection gives 0.
 
     Raises:
-        ValueError: if a detection belongs to no image of the data set.
+        ValueError: if a detection belongs to no image of the data set, or the backend does not know
+            ``iou_type``.
     """
     known = {image["id"] for image in dataset["images"]}
     for result in results:
@@ -159,6 +168,8 @@ def average_precision(
                 "results and annotations belong to different data sets."
             )
     backend = backend or average_precision_backend()
+    if iou_type == "boundary" and backend != "faster_coco_eval":
+        raise ValueError(f"{backend} does not compute Boundary AP; install faster-coco-eval.")
     evaluation = _evaluation_class(backend)
     with contextlib.redirect_stdout(io.StringIO()):  # both packages report through print
         truth = _index(backend, dataset, _comparable(dataset["annotations"], iou_type))
@@ -192,7 +203,7 @@ def _category_names(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 def _comparable(annotations: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict[str, Any]]:
     """Copy the annotations that can be compared; those without an outline are left out."""
     copies = [dict(annotation) for annotation in annotations]
-    if iou_type != "segm":
+    if iou_type not in MASK_TASKS:
         return copies if iou_type == "bbox" else [a for a in copies if a.get("keypoints")]
     for annotation in copies:
         if isinstance(annotation.get("segmentation"), list):
@@ -232,7 +243,7 @@ def _detections(results: Sequence[Mapping[str, Any]], iou_type: str) -> list[dic
     for index, result in enumerate(results, start=1):
         annotation = {key: result[key] for key in ("image_id", "category_id", "score")}
         annotation |= {"id": index, "iscrowd": 0}
-        if iou_type == "segm":
+        if iou_type in MASK_TASKS:
             annotation["segmentation"] = result["segmentation"]
             annotation["area"] = float(coco_mask.area(_as_bytes(result["segmentation"])))
             annotation["bbox"] = list(

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -52,6 +53,77 @@ def test_numbers_equal_pycocotools(make, iou_type, backend, seed):
     assert [summary[name] for name in NAMES] == pytest.approx(expected, abs=1e-9, nan_ok=True)
     assert list(per_class.values()) == pytest.approx(expected_classes, abs=1e-9, nan_ok=True)
     assert 1 < summary["AP"] < 99
+
+
+def inner_boundary(mask, distance):
+    """Pixels of a mask within ``distance`` (in rows and columns) of a pixel that is none of it."""
+    height, width = mask.shape
+    result = np.zeros_like(mask)
+    for y, x in zip(*mask.nonzero(), strict=True):
+        outside = min(y, x, height - 1 - y, width - 1 - x) < distance
+        window = mask[max(y - distance, 0) : y + distance + 1, max(x - distance, 0) :][
+            :, : x + distance + 1 - max(x - distance, 0)
+        ]
+        result[y, x] = outside or not window.all()
+    return result
+
+
+def overlap(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.mark.parametrize(("size_hw", "distance"), [((60, 80), 2), ((20, 28), 1), ((90, 175), 4)])
+def test_boundary_ap_equals_the_definition(size_hw, distance):
+    """One object and one detection: AP is the share of thresholds that their IoU reaches."""
+    height, width = size_hw
+    y, x = np.ogrid[:height, :width]
+    truth = np.hypot(y - height * 0.5, x - width * 0.3) < height * 0.4  # cut by the left border
+    found = np.hypot(y - height * 0.5, x - width * 0.3 - 0.4 * distance) < height * 0.4
+    wanted = min(
+        overlap(truth, found),
+        overlap(inner_boundary(truth, distance), inner_boundary(found, distance)),
+    )
+    thresholds = np.linspace(0.5, 0.95, 10)
+    assert 0.5 < wanted < 0.9
+    assert abs(thresholds - wanted).min() > 1e-3
+    rles = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in (truth, found)]
+    dataset = {
+        "images": [{"id": 1, "height": height, "width": width}],
+        "categories": [{"id": 1, "name": "disc"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0,
+                         "area": int(truth.sum()), "bbox": coco_mask.toBbox(rles[0]).tolist(),
+                         "segmentation": rles[0]}],
+    }  # fmt: skip
+    results = [{"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": rles[1]}]
+    summary, per_class = average_precision(dataset, results, "boundary")
+    assert summary["AP"] == pytest.approx(100 * (thresholds <= wanted).mean())
+    assert per_class == {"disc": pytest.approx(summary["AP"])}
+    assert average_precision(dataset, results, "segm")[0]["AP"] > summary["AP"]
+
+
+def test_boundary_ap_matches_crowds_by_their_masks(make):
+    """A detection inside a crowd is no false positive, however different its border."""
+    dataset = make.dataset(3, images=2)
+    inside = np.zeros((128, 160), dtype=np.uint8)
+    inside[40:60, 50:80] = 1
+    crowd = np.zeros_like(inside)
+    crowd[10:120, 10:150] = 1
+    good, huge = (coco_mask.encode(np.asfortranarray(mask)) for mask in (inside, crowd))
+    common = {"category_id": 3, "bbox": [0, 0, 1, 1]}
+    dataset["annotations"] = [
+        {**common, "id": 1, "image_id": 100, "iscrowd": 0, "area": 600, "segmentation": good},
+        {**common, "id": 2, "image_id": 101, "iscrowd": 1, "area": 15400, "segmentation": huge},
+    ]
+    results = [
+        {**common, "image_id": image, "score": score, "segmentation": good}
+        for image, score in ((100, 0.5), (101, 0.9))
+    ]
+    assert average_precision(dataset, results, "boundary")[0]["AP"] == pytest.approx(100)
+
+
+def test_boundary_ap_needs_the_package_that_has_it(dataset):
+    with pytest.raises(ValueError, match="install faster-coco-eval"):
+        average_precision(dataset, [], "boundary", backend="pycocotools")
 
 
 def test_part_of_the_images(make, dataset):

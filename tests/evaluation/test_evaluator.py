@@ -19,8 +19,10 @@ from detectron2.evaluation import (
 )
 from detectron2.structures import Boxes, Instances
 
+import instseg_ext
 from instseg_ext.evaluation import InstSegCOCOEvaluator, build_evaluator, instances_to_results
 from instseg_ext.evaluation import coco as evaluator_module
+from instseg_ext.evaluation.report import class_table, metric_table
 
 
 @pytest.fixture
@@ -114,6 +116,31 @@ def test_mask_scores_rank_masks_only(make, name, dataset, perfect):
         )
 
 
+def test_boundary_ap_on_request(make, name, dataset, perfect, monkeypatch):
+    """Its own row; the same detections; no row for a model without masks."""
+    for image_id, (masks, classes, scores) in perfect.items():
+        perfect[image_id] = (np.roll(masks, 2, axis=2), classes, scores)
+    cfg = get_cfg()
+    instseg_ext.add_instseg_config(cfg)
+    cfg.INSTSEG.BOUNDARY_AP = True
+    plain = run(InstSegCOCOEvaluator(name), make.oracle(perfect), dataset)
+    scores = run(build_evaluator(cfg, name, {}, None), make.oracle(perfect), dataset)
+    assert list(scores) == ["bbox", "segm", "boundary"]
+    assert all(str(scores[task]) == str(plain[task]) for task in plain)
+    assert 0 < scores["boundary"]["AP"] < scores["segm"]["AP"]
+    assert 0 < scores["boundary"]["AP-disc"] < 100
+    assert metric_table(scores).count("| boundary") == 1
+    assert class_table(scores).count("| boundary") == 3  # one for each class
+    evaluator = build_evaluator(cfg, name, {}, None)
+    found = _instances(pred_boxes=Boxes(torch.ones(1, 4)), scores=torch.ones(1),
+                       pred_classes=torch.zeros(1, dtype=torch.int64))  # fmt: skip
+    evaluator.process([{"image_id": 100}], [{"instances": found}])
+    assert list(evaluator.evaluate()) == ["bbox"]
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(ImportError, match=r"INSTSEG\.BOUNDARY_AP needs .*pip install"):
+        build_evaluator(cfg, name, {}, None)
+
+
 def test_two_processes_equal_one(make, name, dataset, perfect, monkeypatch):
     """Gathering from two ranks gives the numbers of one, in spite of tied scores."""
     rng = np.random.default_rng(1)
@@ -191,6 +218,7 @@ def test_odd_instances():
 
 def test_evaluator_is_chosen_by_metadata(name, tmp_path, register_dataset):
     cfg = get_cfg()
+    instseg_ext.add_instseg_config(cfg)
     assert isinstance(build_evaluator(cfg, name, {}, None), InstSegCOCOEvaluator)
     for kind, message in {
         "panoramas": r"evaluator type 'panoramas', known are .*coco.*lvis",
@@ -207,9 +235,14 @@ def test_evaluator_is_chosen_by_metadata(name, tmp_path, register_dataset):
 
 def test_semantic_and_panoptic_sets(name, tmp_path, register_dataset, caplog):
     cfg = get_cfg()
+    instseg_ext.add_instseg_config(cfg)
     semantic = register_dataset(tmp_path / "annotations.json", "sem_seg")
     MetadataCatalog.get(semantic).set(stuff_classes=["a", "b"], ignore_label=255)
     assert isinstance(build_evaluator(cfg, semantic, {}, None), SemSegEvaluator)
+    assert "BOUNDARY_AP" not in caplog.text
+    cfg.INSTSEG.BOUNDARY_AP = True
+    build_evaluator(cfg, semantic, {}, None)
+    assert f"BOUNDARY_AP has no effect on {semantic}" in caplog.text
     panoptic = register_dataset(tmp_path / "annotations.json", "coco_panoptic_seg")
     assert isinstance(build_evaluator(cfg, panoptic, {}, None), InstSegCOCOEvaluator)
     assert "only its instances" in caplog.text
@@ -240,6 +273,7 @@ def cityscapes_scripts(tmp_path, monkeypatch):
 
 def test_cityscapes_scripts_answer_to_both_names(cityscapes_scripts, tmp_path, register_dataset):
     cfg = get_cfg()
+    instseg_ext.add_instseg_config(cfg)
     for kind, wanted in {
         "cityscapes_instance": CityscapesInstanceEvaluator,
         "cityscapes_sem_seg": CityscapesSemSegEvaluator,
