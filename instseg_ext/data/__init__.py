@@ -8,7 +8,7 @@ from instseg_ext.data.loader import (
     build_train_loader,
     load_training_dicts,
 )
-from instseg_ext.data.mapper import InstSegDatasetMapper, build_mapper
+from instseg_ext.data.mapper import InstSegDatasetMapper, KeypointDatasetMapper, build_mapper
 from instseg_ext.data.registration import (
     add_registrations,
     dataset_classes,
@@ -24,6 +24,7 @@ from instseg_ext.data.shapes import make_shapes
 
 __all__ = [
     "InstSegDatasetMapper",
+    "KeypointDatasetMapper",
     "Report",
     "TrainLoader",
     "add_data_config",

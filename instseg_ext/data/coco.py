@@ -127,7 +127,8 @@ def load_coco(
     Polygons, compressed and uncompressed RLE may be mixed. Missing ``info``, ``iscrowd``, ``area``
     and annotation ids do no harm here. An annotation that cannot be trained on (no usable
     segmentation, no such image) is skipped, and the number of these is logged with the first
-    example of each kind.
+    example of each kind. Keypoints are moved from pixel indices to continuous pixels (+0.5), as
+    detectron2's reader does.
 
     Args:
         json_file: the annotation file.
@@ -152,6 +153,7 @@ def _load_coco(
     content = read_json(path)
     categories = _sorted_categories(content["categories"], path)
     contiguous = {c["id"]: index for index, c in enumerate(categories)}
+    num_keypoints = {c["id"]: len(c["keypoints"]) for c in categories if c.get("keypoints")}
     records = _image_records(content["images"], path, image_root)
     skipped = _Skipped()
     for annotation in content["annotations"]:
@@ -170,8 +172,10 @@ def _load_coco(
                 f"has category {annotation['category_id']}, which the file does not declare."
             )
         entry = _annotation_entry(annotation, record, contiguous, skipped)
-        if entry is not None:
-            record["annotations"].append(entry)
+        if entry is None:
+            continue
+        keypoints = _keypoints(annotation, num_keypoints, skipped)
+        record["annotations"].append(entry | ({"keypoints": keypoints} if keypoints else {}))
     skipped.log(path)
     dicts = [records[key] for key in sorted(records)]
     return dicts, [str(c["name"]) for c in categories], contiguous
@@ -233,6 +237,19 @@ def _annotation_entry(
     # Read by mappers that leave small objects out, as the area written in the file decides there.
     entry.update({key: annotation[key] for key in ("area", "ignore") if annotation.get(key)})
     return entry
+
+
+def _keypoints(
+    annotation: dict, num_keypoints: dict[int, int], skipped: _Skipped
+) -> list[float] | None:
+    """Return x, y, visibility of each point, None where no point is labelled."""
+    flat = annotation.get("keypoints")
+    if not flat or not any(flat[2::3]):
+        return None
+    if len(flat) != 3 * num_keypoints.get(annotation["category_id"], 0):
+        skipped.add("keypoints that its category does not declare (mask kept)", annotation)
+        return None
+    return [float(v) + 0.5 * (index % 3 < 2) for index, v in enumerate(flat)]
 
 
 def _box_of(segmentation: list | dict, size_hw: tuple[int, int]) -> list[float]:

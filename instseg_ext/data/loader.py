@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.data.build import filter_images_with_few_keypoints
 from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils import data
@@ -189,7 +190,11 @@ def build_train_loader(
         ValueError: if a key has a value that is not allowed, or there is nothing to train on.
     """
     dicts = load_training_dicts(
-        list(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        list(cfg.DATASETS.TRAIN),
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
     )
     sampler, repeat = cfg.DATALOADER.SAMPLER_TRAIN, None
     if sampler == "RepeatFactorTrainingSampler":
@@ -217,12 +222,15 @@ def build_train_loader(
     )
 
 
-def load_training_dicts(names: list[str], filter_empty: bool = True) -> list[dict]:
+def load_training_dicts(
+    names: list[str], filter_empty: bool = True, min_keypoints: int = 0
+) -> list[dict]:
     """Load and join training sets.
 
     Args:
         names: registered data sets with the same classes.
         filter_empty: leave out images that have nothing but crowds.
+        min_keypoints: leave out images with fewer labelled keypoints than this.
 
     Returns:
         detectron2 dictionaries.
@@ -247,6 +255,8 @@ def load_training_dicts(names: list[str], filter_empty: bool = True) -> list[dic
     total = len(dicts)
     if filter_empty:
         dicts = [d for d in dicts if any(not a.get("iscrowd", 0) for a in d["annotations"])]
+    if min_keypoints > 0:
+        dicts = filter_images_with_few_keypoints(dicts, min_keypoints)
     if not dicts:
         raise ValueError(
             f"DATASETS.TRAIN {names}: none of {total} images has an object to train on."

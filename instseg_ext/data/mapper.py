@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import detection_utils
+from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints
 from pycocotools import mask as mask_util
 
 from instseg_ext.data.augmentation import (
@@ -18,11 +19,14 @@ from instseg_ext.data.augmentation import (
     augmentation_kwargs,
     build_augmentations,
 )
+from instseg_ext.data.keypoints import transform_keypoints
 from instseg_ext.data.mask_crops import transform_mask_crops
+from instseg_ext.data.registration import load_keypoint_metadata
 from instseg_ext.data.segmentation import compress_rle
 
 __all__ = [
     "InstSegDatasetMapper",
+    "KeypointDatasetMapper",
     "annotation_boxes",
     "build_mapper",
     "read_image",
@@ -141,10 +145,27 @@ class InstSegDatasetMapper:
         instances.gt_boxes = Boxes(boxes[keep])
         instances.gt_classes = classes[keep]
         instances.gt_masks = BitMasks(masks[keep])
-        if self.keep_crowd:
-            crowd = torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool)
-            instances.gt_is_crowd = crowd[keep]
+        for name, values in self.further_fields(annotations, transforms, size_hw).items():
+            instances.set(name, values[keep])
         return instances
+
+    def further_fields(
+        self, annotations: list[dict], transforms: T.TransformList, size_hw: tuple[int, int]
+    ) -> dict[str, Any]:
+        """Return fields beside boxes, classes and masks, for instances with and without a mask.
+
+        Args:
+            annotations: M annotations.
+            transforms: what happened to the image.
+            size_hw: size of the transformed image.
+
+        Returns:
+            name -> M values that an (M,) bool tensor can index.
+        """
+        if not self.keep_crowd:
+            return {}
+        crowd = [bool(a.get("iscrowd", 0)) for a in annotations]
+        return {"gt_is_crowd": torch.tensor(crowd, dtype=torch.bool)}
 
     def boxes(
         self, annotations: list[dict], masks: torch.Tensor, transforms: T.TransformList
@@ -162,8 +183,71 @@ class InstSegDatasetMapper:
         return mask_boxes(masks)
 
 
+class KeypointDatasetMapper(InstSegDatasetMapper):
+    """The shared mapper with ``gt_keypoints`` (``Keypoints``, M x K x 3) of each instance.
+
+    Instances without annotated keypoints have K unlabelled ones.
+    """
+
+    @configurable
+    def __init__(self, *, flip_indices: Sequence[int], **kwargs: Any):
+        """Set up the mapper; with a config it is ``KeypointDatasetMapper(cfg, is_train)``.
+
+        Args:
+            flip_indices: for each keypoint the one that takes its place in a mirrored image.
+            **kwargs: the arguments of ``InstSegDatasetMapper``.
+        """
+        super().__init__(**kwargs)
+        self.flip_indices = list(flip_indices)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True, keep_crowd: bool = False) -> dict:
+        """Read what the shared mapper reads, ``DATASETS.TRAIN`` and the number of keypoints."""
+        arguments = super().from_config(cfg, is_train, keep_crowd)
+        return {**arguments, "flip_indices": _flip_indices(cfg)}
+
+    def further_fields(
+        self, annotations: list[dict], transforms: T.TransformList, size_hw: tuple[int, int]
+    ) -> dict[str, Any]:
+        """Add the keypoints."""
+        keypoints = np.zeros((len(annotations), len(self.flip_indices), 3))
+        for row, annotation in enumerate(annotations):
+            if "keypoints" in annotation:
+                keypoints[row] = np.reshape(annotation["keypoints"], (-1, 3))
+        moved = transform_keypoints(keypoints, transforms, size_hw, self.flip_indices)
+        fields = super().further_fields(annotations, transforms, size_hw)
+        return {**fields, "gt_keypoints": Keypoints(moved)}
+
+
+def _flip_indices(cfg: CfgNode) -> list[int]:
+    """Return what takes the place of each keypoint in a mirror; check that all sets have them."""
+    names = list(cfg.DATASETS.TRAIN)
+    for name in names:
+        load_keypoint_metadata(name)
+        if not MetadataCatalog.get(name).get("keypoint_names"):
+            raise ValueError(
+                f"MODEL.KEYPOINT_ON is True, but data set {name!r} declares no keypoints: a "
+                "category of its annotation file needs the list 'keypoints' with their names; or "
+                "turn the key off."
+            )
+    indices = detection_utils.create_keypoint_hflip_indices(names)
+    expected = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if len(indices) != expected:
+        raise ValueError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {expected}, but data set {names[0]!r} "
+            f"declares {len(indices)} keypoints; set the key to {len(indices)}."
+        )
+    return indices
+
+
 def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict], dict | None]:
-    """Build the mapper that methods use unless they bring their own."""
+    """Build the mapper that methods use unless they bring their own.
+
+    Raises:
+        ValueError: if a training set lacks the keypoints that ``MODEL.KEYPOINT_ON`` asks for.
+    """
+    if is_train and cfg.MODEL.KEYPOINT_ON:
+        return KeypointDatasetMapper(cfg, is_train)
     return InstSegDatasetMapper(cfg, is_train)
 
 

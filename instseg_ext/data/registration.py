@@ -6,6 +6,7 @@ Registering stores names and paths only; no file is touched until a data set is 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from instseg_ext import resources
 from instseg_ext.data.coco import load_coco, read_categories
+from instseg_ext.data.keypoints import declared_keypoints, mirror_pairs
 from instseg_ext.data.shapes import SHAPE_CATEGORIES, SHAPE_SPLITS, cached_shapes, generate_cached
 
 __all__ = [
@@ -22,11 +24,14 @@ __all__ = [
     "dataset_files",
     "ensure_files",
     "free_name",
+    "load_keypoint_metadata",
     "parse_register_flag",
     "register",
     "register_bundled",
     "register_from_config",
 ]
+
+logger = logging.getLogger(__name__)
 
 NUCLEI = ("nuclei_train", "nuclei_val", "nuclei_fold1_train", "nuclei_fold1_val")
 
@@ -197,6 +202,35 @@ def dataset_classes(name: str) -> list[str]:
     return list(metadata.thing_classes)
 
 
+def load_keypoint_metadata(name: str) -> None:
+    """Fill in ``keypoint_names`` and ``keypoint_flip_map`` from the annotation file's categories.
+
+    Points change places in a mirrored image if their names say left and right. A list of pairs that
+    was set in the metadata before stays. Data sets of other packages are left alone.
+
+    Raises:
+        KeyError: if no data set has this name.
+        FileNotFoundError: if the annotation file is missing.
+        ValueError: if two categories have different keypoints.
+    """
+    _require_known(name)
+    if name not in _REGISTERED:
+        return
+    ensure_files(name)
+    metadata = MetadataCatalog.get(name)
+    names = declared_keypoints(read_categories(_REGISTERED[name][0]))
+    if not names or metadata.get("keypoint_names") == names:
+        return
+    metadata.keypoint_names = names
+    if metadata.get("keypoint_flip_map") is None:
+        metadata.keypoint_flip_map = mirror_pairs(names)
+        logger.info(
+            "%s: keypoints that change places in a mirrored image: %s.",
+            name,
+            ", ".join("/".join(pair) for pair in metadata.keypoint_flip_map) or "none",
+        )
+
+
 def _require_known(name: str) -> None:
     if name not in DatasetCatalog.list():
         known = ", ".join(sorted(_REGISTERED)) or "none"
@@ -220,4 +254,9 @@ def _load(name: str) -> list[dict]:
         )
     metadata.thing_classes = classes
     metadata.thing_dataset_id_to_contiguous_id = contiguous
+    if any("keypoints" in a for d in dicts for a in d["annotations"]):
+        try:
+            load_keypoint_metadata(name)
+        except ValueError as error:  # no reason not to train masks
+            logger.warning("%s: %s", json_file, error)
     return dicts

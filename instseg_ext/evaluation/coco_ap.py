@@ -156,8 +156,8 @@ def average_precision(
         ground truth without any detection gives 0.
 
     Raises:
-        ValueError: if a detection belongs to no image of the data set, or the backend does not know
-            ``iou_type``.
+        ValueError: if a detection belongs to no image of the data set, the backend does not know
+            ``iou_type``, or there are not as many sigmas as keypoints.
     """
     known = {image["id"] for image in dataset["images"]}
     for result in results:
@@ -180,6 +180,7 @@ def average_precision(
         if iou_type == "keypoints":
             if len(keypoint_sigmas):
                 run.params.kpt_oks_sigmas = np.asarray(keypoint_sigmas)
+            _check_sigmas(run.params.kpt_oks_sigmas, dataset["annotations"])
         else:
             run.params.maxDets = [1, 10, max_detections]
         run.evaluate()
@@ -191,6 +192,16 @@ def average_precision(
         for index, category_id in enumerate(run.params.catIds)
     }
     return _summary(precision, iou_type), per_class
+
+
+def _check_sigmas(sigmas: Sequence[float], annotations: Sequence[Mapping[str, Any]]) -> None:
+    counts = {len(a["keypoints"]) // 3 for a in annotations if a.get("keypoints")}
+    if counts - {len(sigmas)}:
+        raise ValueError(
+            f"Objects have {', '.join(map(str, sorted(counts)))} keypoints and there are "
+            f"{len(sigmas)} standard deviations; set TEST.KEYPOINT_OKS_SIGMAS, a number for each "
+            "keypoint."
+        )
 
 
 def _category_names(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:

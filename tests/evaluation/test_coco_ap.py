@@ -166,6 +166,8 @@ def test_keypoints_equal_pycocotools():
     summary, _ = average_precision(dataset, results, "keypoints")
     expected, _ = official(dataset, results, "keypoints")
     assert list(summary.values()) == pytest.approx(expected[:5], abs=1e-9, nan_ok=True)
+    with pytest.raises(ValueError, match=r"Objects have 17 keypoints and there are 3 .*OKS_SIGMAS"):
+        average_precision(dataset, results, "keypoints", keypoint_sigmas=[0.1, 0.1, 0.2])
 
 
 def test_sparse_annotation_files(make, tmp_path, dataset):
