@@ -76,6 +76,7 @@ class InstSegRCNN(RuntimeMixin, GeneralizedRCNN):
                 getattr(self.proposal_generator, "rpn_head", None),
                 getattr(self.roi_heads, "box_predictor", None),
                 getattr(getattr(self.roi_heads, "mask_head", None), "predictor", None),
+                getattr(getattr(self.roi_heads, "keypoint_head", None), "score_lowres", None),
             ),
         )
 
