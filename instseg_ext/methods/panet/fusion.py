@@ -1,0 +1,170 @@
+"""Adaptive feature pooling: the first layer of a head on every level, and what fuses the levels.
+
+A layer is applied to the levels in one of two ways with equal results. In training one grouped
+convolution (or batched product) serves all, since the pooled features are kept for the gradients in
+any case. At inference one level follows the other and only the fused result stays.
+
+Shapes: R regions, L levels, C channels, P x P cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, get_norm
+from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
+from torch import Tensor, nn
+
+from instseg_ext.methods.panet.pooler import PooledRegions
+
+__all__ = ["LevelConvs", "LevelLinears", "build_conv", "normalise_vectors"]
+
+
+def build_conv(in_dim: int, out_dim: int, norm: str, *, relu: bool = True) -> Conv2d:
+    """Return a 3x3 convolution with norm (or else a bias) and ReLU, MSRA weights."""
+    conv = Conv2d(
+        in_dim,
+        out_dim,
+        3,
+        padding=1,
+        bias=not norm,
+        norm=get_norm(norm, out_dim),
+        activation=F.relu_ if relu else None,
+    )
+    c2_msra_fill(conv)
+    return conv
+
+
+def normalise_vectors(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """Return (R, C) vectors after a norm of maps, or as they are without one."""
+    return x if norm is None else norm(x[:, :, None, None]).flatten(1)
+
+
+class LevelConvs(nn.ModuleList):
+    """A 3x3 convolution and norm of its own for each level, then fusion and ReLU."""
+
+    def __init__(self, num_levels: int, in_dim: int, out_dim: int, norm: str, fusion: str) -> None:
+        """Create the layers.
+
+        Args:
+            num_levels: L.
+            in_dim: channels of every level.
+            out_dim: C.
+            norm: normalisation layer; with "" the convolutions have a bias.
+            fusion: "max" or "sum".
+        """
+        super().__init__(build_conv(in_dim, out_dim, norm, relu=False) for _ in range(num_levels))
+        self.fusion = fusion
+
+    def forward(self, regions: PooledRegions) -> Tensor:
+        """Map regions to (R, C, P, P).
+
+        Raises:
+            TypeError: if the regions were pooled from one level each.
+        """
+        _check(regions)
+        if self.training:
+            return _fuse(self._apply_at_once(regions), self.fusion)
+        return _fuse_one_by_one(lambda i: self[i](regions.level(i)), len(self), self.fusion)
+
+    def _apply_at_once(self, regions: PooledRegions) -> Tensor:
+        """Return (R, L, C, P, P)."""
+        levels = torch.cat([regions.level(i) for i in range(len(self))], dim=1)
+        weight = torch.cat([conv.weight for conv in self])
+        bias = None if self[0].bias is None else torch.cat([conv.bias for conv in self])
+        out = F.conv2d(levels, weight, bias, padding=1, groups=len(self))
+        norms = None if self[0].norm is None else [conv.norm for conv in self]
+        return _normalise(out, norms).unflatten(1, (len(self), -1))
+
+
+class LevelLinears(nn.ModuleList):
+    """A fully connected layer of its own for each level, norms kept elsewhere, fusion and ReLU."""
+
+    def __init__(self, num_levels: int, in_dim: int, out_dim: int, fusion: str) -> None:
+        """Create the layers.
+
+        Args:
+            num_levels: L.
+            in_dim: values of a region on one level, channels times cells.
+            out_dim: C.
+            fusion: "max" or "sum".
+        """
+        super().__init__(nn.Linear(in_dim, out_dim) for _ in range(num_levels))
+        for layer in self:
+            c2_xavier_fill(layer)
+        self.fusion = fusion
+
+    def forward(self, regions: PooledRegions, norms: Sequence[nn.Module] | None) -> Tensor:
+        """Map regions to (R, C).
+
+        Args:
+            regions: the pooled regions.
+            norms: the norm behind each level's layer; None for none at all.
+
+        Raises:
+            TypeError: if the regions were pooled from one level each.
+        """
+        _check(regions)
+        if self.training:
+            return _fuse(self._apply_at_once(regions, norms), self.fusion)
+
+        def level(i: int) -> Tensor:
+            norm = None if norms is None else norms[i]
+            return normalise_vectors(self[i](regions.level(i).flatten(1)), norm)
+
+        return _fuse_one_by_one(level, len(self), self.fusion)
+
+    def _apply_at_once(self, regions: PooledRegions, norms: Sequence[nn.Module] | None) -> Tensor:
+        """Return (R, L, C)."""
+        levels = torch.stack([regions.level(i).flatten(1) for i in range(len(self))])
+        weight = torch.stack([layer.weight.t() for layer in self])
+        bias = torch.stack([layer.bias for layer in self])[:, None]
+        out = torch.baddbmm(bias, levels, weight).transpose(0, 1).flatten(1)
+        return _normalise(out[:, :, None, None], norms).flatten(1).unflatten(1, (len(self), -1))
+
+
+def _check(regions: PooledRegions) -> None:
+    if not isinstance(regions, PooledRegions):
+        raise TypeError(
+            "PANet's heads need every region from every level: set MODEL.ROI_HEADS.NAME to "
+            "PANetROIHeads."
+        )
+
+
+def _normalise(x: Tensor, norms: Sequence[nn.Module] | None) -> Tensor:
+    """Apply each level's norm to its share of the channels of (R, L * C, P, P)."""
+    if norms is None:
+        return x
+    if all(isinstance(norm, nn.GroupNorm) for norm in norms):
+        weight = torch.cat([norm.weight for norm in norms])
+        bias = torch.cat([norm.bias for norm in norms])
+        groups = sum(norm.num_groups for norm in norms)
+        return F.group_norm(x, groups, weight, bias, norms[0].eps)
+    parts = zip(norms, x.chunk(len(norms), dim=1), strict=True)
+    return torch.cat([norm(part) for norm, part in parts], dim=1)
+
+
+def _fuse(x: Tensor, fusion: str) -> Tensor:
+    """Join the levels of (R, L, ...) that no ReLU has seen yet; returns (R, ...), not negative.
+
+    The largest of several ReLUs is the ReLU of the largest, so that one is enough.
+    """
+    return x.amax(dim=1).relu() if fusion == "max" else x.relu().sum(dim=1)
+
+
+def _fuse_one_by_one(level: Callable[[int], Tensor], num_levels: int, fusion: str) -> Tensor:
+    """Do what ``_fuse`` does, with ``level(i)`` giving one level (R, ...) at a time.
+
+    No name is bound to a level, so that each is freed before the next one is made.
+    """
+    if fusion == "max":
+        fused = level(0)
+        for i in range(1, num_levels):
+            fused = torch.maximum(fused, level(i))
+        return fused.relu()
+    fused = level(0).relu()
+    for i in range(1, num_levels):
+        fused = fused + level(i).relu()
+    return fused
