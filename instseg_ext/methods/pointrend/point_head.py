@@ -1,0 +1,101 @@
+"""The perceptron that predicts the mask at single points.
+
+Shapes: R regions, P points of each, F channels of the features, K classes, D hidden channels.
+"""
+
+from __future__ import annotations
+
+import fvcore.nn.weight_init as weight_init
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["StandardPointHead"]
+
+
+class StandardPointHead(nn.Module):
+    """One perceptron for all points of all regions (Sec. 3 of arXiv:1912.08193).
+
+    It reads the features and the coarse logits of all classes at a point. Names, shapes and initial
+    weights are those of detectron2's project: the weights are those of convolutions over points,
+    (out, in, 1). They are applied as matrix products, and the coarse logits have products of their
+    own, so that nothing is concatenated.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        num_classes: int,
+        fc_dim: int = 256,
+        num_fc: int = 3,
+        class_agnostic: bool = False,
+        coarse_each_layer: bool = True,
+    ) -> None:
+        """Create the layers.
+
+        Args:
+            in_channels: F.
+            num_classes: K.
+            fc_dim: D.
+            num_fc: layers before the prediction, at least one.
+            class_agnostic: predict one mask for all classes.
+            coarse_each_layer: let every layer read the coarse logits, not only the first.
+
+        Raises:
+            ValueError: if there is no layer.
+        """
+        super().__init__()
+        if num_fc < 1:
+            raise ValueError(f"MODEL.POINT_HEAD.NUM_FC must be at least 1, not {num_fc}.")
+        self.coarse_each_layer = coarse_each_layer
+        self._fcs = tuple(f"fc{number}" for number in range(1, num_fc + 1))
+        width = in_channels + num_classes
+        for name in self._fcs:
+            self.add_module(name, nn.Conv1d(width, fc_dim, kernel_size=1))
+            width = fc_dim + (num_classes if coarse_each_layer else 0)
+        self.predictor = nn.Conv1d(width, 1 if class_agnostic else num_classes, kernel_size=1)
+        for name in self._fcs:
+            weight_init.c2_msra_fill(getattr(self, name))
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        nn.init.zeros_(self.predictor.bias)
+
+    def forward(self, fine: Tensor, coarse: Tensor, classes: Tensor) -> Tensor:
+        """Predict one class at each point.
+
+        Args:
+            fine: (R, F, P) features.
+            coarse: (R, K, P) coarse logits.
+            classes: (R,) int64, the class whose mask is asked for; of no effect on a head that is
+                class agnostic.
+
+        Returns:
+            (R, P) float32 logits.
+        """
+        x, side = fine, coarse
+        for name in self._fcs:
+            layer = getattr(self, name)
+            # Conv1d's weight without the axis of its kernel, for every region the same
+            weight = layer.weight[:, :, 0].expand(x.shape[0], -1, -1)
+            x = F.relu(_product(weight, layer.bias[:, None], x, side))
+            side = coarse if self.coarse_each_layer else None
+        if self.predictor.out_channels == 1:
+            classes = torch.zeros_like(classes)
+        weight = self.predictor.weight[classes].transpose(1, 2)
+        return _product(weight, self.predictor.bias[classes][:, None, None], x, side)[:, 0].float()
+
+
+def _product(weight: Tensor, bias: Tensor, x: Tensor, side: Tensor | None) -> Tensor:
+    """Return ``weight @ [x; side] + bias`` without building the stack.
+
+    Args:
+        weight: (R, out, channels of x and of side).
+        bias: broadcasts to (R, out, P).
+        x: (R, channels, P).
+        side: (R, channels, P), or None for none.
+    """
+    channels = x.shape[1]
+    result = torch.baddbmm(bias, weight[:, :, :channels], x)
+    if side is None:
+        return result
+    return torch.baddbmm(result, weight[:, :, channels:], side)

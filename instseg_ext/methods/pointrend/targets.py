@@ -1,0 +1,74 @@
+"""What the point head learns, and its loss.
+
+Shapes: R regions of all images, P points of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import BitMasks, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from instseg_ext.layers.point_sample import points_in_boxes, sample_masks
+from instseg_ext.structures.matched_masks import MatchedBitMasks
+
+__all__ = ["point_labels", "point_loss"]
+
+
+@torch.no_grad()
+def point_labels(proposals: Sequence[Instances], points: Tensor) -> Tensor:
+    """Read the ground-truth masks at points.
+
+    Args:
+        proposals: foreground regions of each image with ``proposal_boxes`` and ``gt_masks``, R in
+            all.
+        points: (R, P, 2) relative to their boxes.
+
+    Returns:
+        (R, P) float32 in [0, 1]: the masks are interpolated, zero outside the image.
+
+    Raises:
+        ValueError: if the masks are not bit masks.
+    """
+    counts = [len(proposal) for proposal in proposals]
+    labels = [points.new_zeros((0, points.shape[1]))]
+    for proposal, inside in zip(proposals, points.split(counts), strict=True):
+        if len(proposal):
+            masks = _shared_masks(proposal.gt_masks)
+            at = points_in_boxes(proposal.proposal_boxes.tensor, inside)
+            labels.append(sample_masks(masks.masks, masks.index, at))
+    return torch.cat(labels)
+
+
+def _shared_masks(masks: object) -> MatchedBitMasks:
+    if isinstance(masks, MatchedBitMasks):
+        return masks
+    if isinstance(masks, BitMasks):
+        return MatchedBitMasks(masks)
+    raise ValueError(
+        f"PointRend reads labels from bit masks, not {type(masks).__name__}: set "
+        "INPUT.MASK_FORMAT to bitmask."
+    )
+
+
+def point_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the binary cross entropy with soft labels, averaged over all points.
+
+    Also logs ``point/accuracy``, the share of points on the right side of one half.
+
+    Args:
+        logits: (R, P) float32.
+        labels: (R, P) float32 in [0, 1].
+
+    Returns:
+        A scalar; zero, with a gradient of zeros, if there is no region.
+    """
+    if not len(logits):
+        return logits.sum() * 0
+    right = (logits.detach() > 0) == (labels >= 0.5)
+    get_event_storage().put_scalar("point/accuracy", right.float().mean().item())
+    return F.binary_cross_entropy_with_logits(logits, labels)
