@@ -138,3 +138,13 @@ def test_other_heads_keep_regions_of_one_level():
 def test_mask_pooler_cannot_be_switched_off():
     with pytest.raises(ValueError, match=r"MODEL.ROI_MASK_HEAD.POOLER_TYPE must name a pooler"):
         model_of(["MODEL.ROI_MASK_HEAD.POOLER_TYPE", ""])
+
+
+def test_anchors_of_the_authors_can_be_chosen():
+    model = model_of(["MODEL.ANCHOR_GENERATOR.NAME", "LegacyAnchorGenerator"])
+    assert list(model.state_dict()) == list(model_of().state_dict())
+    sizes = [
+        tuple(cell[0, 2:].tolist())
+        for cell in model.proposal_generator.anchor_generator.cell_anchors
+    ]
+    assert sizes == [(6, 3), (11, 6), (23, 12), (45, 22), (91, 46)]
