@@ -1,6 +1,7 @@
 """PointRend: masks rendered point by point where they are uncertain (arXiv:1912.08193)."""
 
 from instseg_ext.method import Method
+from instseg_ext.methods.pointrend import implicit as _implicit  # noqa: F401  registers the head
 from instseg_ext.methods.pointrend import mask_head as _mask_head  # noqa: F401  registers the head
 from instseg_ext.methods.pointrend import roi_heads as _roi_heads  # noqa: F401  registers its frame
 from instseg_ext.methods.pointrend.config import add_pointrend_config
@@ -12,7 +13,7 @@ METHOD = Method(
     name="PointRend",
     add_config=add_pointrend_config,
     meta_architectures=(),
-    components=("PointRendHead", "PointRendHeads"),
+    components=("PointRendHead", "ImplicitPointRendHead", "PointRendHeads"),
     class_count_keys=("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.POINT_HEAD.NUM_CLASSES"),
     score_threshold_keys=("MODEL.ROI_HEADS.SCORE_THRESH_TEST",),
 )

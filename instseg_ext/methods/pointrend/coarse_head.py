@@ -6,13 +6,16 @@ Shapes: R regions, K classes, S side of the pooled features.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
+
+from instseg_ext.methods.pointrend.base import total_channels
 
 __all__ = ["CoarseHead"]
 
@@ -66,6 +69,21 @@ class CoarseHead(nn.Module):
         for name in fcs:
             weight_init.c2_xavier_fill(getattr(self, name))
         self._convs, self._fcs = tuple(convs), tuple(fcs)
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec], output_shape: Sequence[int]
+    ) -> CoarseHead:
+        """Build the head of ``MODEL.ROI_MASK_HEAD`` for an output of any shape."""
+        node = cfg.MODEL.ROI_MASK_HEAD
+        key = "MODEL.ROI_MASK_HEAD.IN_FEATURES"
+        pooled = ShapeSpec(
+            channels=total_channels(key, node.IN_FEATURES, input_shape),
+            height=node.POOLER_RESOLUTION,
+            width=node.POOLER_RESOLUTION,
+        )
+        fc_dims = [node.FC_DIM] * node.NUM_FC
+        return cls(pooled, conv_dim=node.CONV_DIM, fc_dims=fc_dims, output_shape=output_shape)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Predict.

@@ -49,7 +49,8 @@ def add_pointrend_config(cfg: CN) -> None:
     _C.MODEL.POINT_HEAD.TRAIN_NUM_POINTS = 14 * 14
     # How training points are chosen (Sec. 3.1 of arXiv:1912.08193). importance: of k N random
     # points the beta N most uncertain ones, and (1 - beta) N random ones. uniform: N random ones.
-    # grid: N points of a regular grid; N must be a square number.
+    # grid: N points of a regular grid; N must be a square number. Implicit PointRend always draws
+    # uniformly.
     _C.MODEL.POINT_HEAD.TRAIN_SAMPLING = "importance"
     # k of TRAIN_SAMPLING importance: 3 in the published models, 10 where the paper calls it heavily
     # biased.
@@ -60,7 +61,8 @@ def add_pointrend_config(cfg: CN) -> None:
     # How often the side of the mask doubles during inference.
     _C.MODEL.POINT_HEAD.SUBDIVISION_STEPS = 5
     # Cells of the mask, the most uncertain ones, that are predicted anew after each doubling.
-    # Doublings after which all cells would be are made before the first prediction.
+    # Doublings after which all cells would be are made before the first prediction. Implicit
+    # PointRend starts with a mask of so many cells; the number must be square.
     _C.MODEL.POINT_HEAD.SUBDIVISION_NUM_POINTS = 28 * 28
     # Width of the layers of the point head.
     _C.MODEL.POINT_HEAD.FC_DIM = 256

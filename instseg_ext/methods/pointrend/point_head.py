@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["StandardPointHead"]
+__all__ = ["StandardPointHead", "stacked_product"]
 
 
 class StandardPointHead(nn.Module):
@@ -77,15 +77,17 @@ class StandardPointHead(nn.Module):
             layer = getattr(self, name)
             # Conv1d's weight without the axis of its kernel, for every region the same
             weight = layer.weight[:, :, 0].expand(x.shape[0], -1, -1)
-            x = F.relu(_product(weight, layer.bias[:, None], x, side))
+            x = F.relu(stacked_product(weight, layer.bias[:, None], x, side))
             side = coarse if self.coarse_each_layer else None
         if self.predictor.out_channels == 1:
             classes = torch.zeros_like(classes)
         weight = self.predictor.weight[classes].transpose(1, 2)
-        return _product(weight, self.predictor.bias[classes][:, None, None], x, side)[:, 0].float()
+        return stacked_product(weight, self.predictor.bias[classes][:, None, None], x, side)[
+            :, 0
+        ].float()
 
 
-def _product(weight: Tensor, bias: Tensor, x: Tensor, side: Tensor | None) -> Tensor:
+def stacked_product(weight: Tensor, bias: Tensor, x: Tensor, side: Tensor | None) -> Tensor:
     """Return ``weight @ [x; side] + bias`` without building the stack.
 
     Args:

@@ -25,6 +25,7 @@ class PointRendHeads(InstSegROIHeads):
         self.register_load_state_dict_pre_hook(rename_old_names)
 
     def loss_counts(self, sampled: list[Instances]) -> dict[str, int]:
-        """See ``InstSegROIHeads.loss_counts``: each region has equally many points."""
+        """See ``InstSegROIHeads.loss_counts``: no region has more points than another."""
         counts = super().loss_counts(sampled)
-        return {**counts, "loss_mask_point": counts["loss_mask"]}
+        regions = counts["loss_mask"]
+        return {**counts, "loss_mask_point": regions, "loss_l2": regions}

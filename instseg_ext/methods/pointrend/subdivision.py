@@ -5,6 +5,7 @@ Shapes: R regions, P points of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,13 +44,29 @@ class Subdivision:
         Raises:
             ValueError: naming the config key.
         """
-        if steps < 0 or num_points < 1:
-            raise ValueError(
-                "MODEL.POINT_HEAD.SUBDIVISION_STEPS must not be negative and "
-                f"SUBDIVISION_NUM_POINTS must be positive, not {steps} and {num_points}."
-            )
+        _check(steps, num_points)
         while steps > 0 and 4 * side**2 <= num_points:
             side, steps = 2 * side, steps - 1
+        return cls(side, steps, num_points)
+
+    @classmethod
+    def full(cls, steps: int, num_points: int) -> Subdivision:
+        """Start with a mask of ``num_points`` cells, as implicit PointRend does.
+
+        Args:
+            steps: doublings of that mask.
+            num_points: see ``Subdivision``; a square number.
+
+        Raises:
+            ValueError: naming the config key.
+        """
+        _check(steps, num_points)
+        side = math.isqrt(num_points)
+        if side**2 != num_points:
+            raise ValueError(
+                "ImplicitPointRendHead needs a square MODEL.POINT_HEAD.SUBDIVISION_NUM_POINTS, "
+                f"not {num_points}."
+            )
         return cls(side, steps, num_points)
 
     @property
@@ -82,3 +99,11 @@ class Subdivision:
             # the interpolated map is nobody else's: overwrite it
             logits.flatten(1).scatter_(1, cells, predict(points))
         return logits
+
+
+def _check(steps: int, num_points: int) -> None:
+    if steps < 0 or num_points < 1:
+        raise ValueError(
+            "MODEL.POINT_HEAD.SUBDIVISION_STEPS must not be negative and "
+            f"SUBDIVISION_NUM_POINTS must be positive, not {steps} and {num_points}."
+        )

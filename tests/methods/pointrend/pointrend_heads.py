@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from instseg_ext.methods.pointrend.config import add_pointrend_config
@@ -41,18 +42,18 @@ def config(add=add_pointrend_config, **keys):
     return cfg
 
 
-def spread(head):
+def spread(head, std=0.2):
     """Give a head weights with which masks have both sides."""
     for parameter in head.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.normal_(parameter, std=std)
     return head
 
 
-def pair(**keys):
-    """Our head and detectron2's with the same weights."""
-    project = oracle()
-    theirs = spread(project.PointRendMaskHead(config(project.add_pointrend_config, **keys), SHAPES))
-    ours = PointRendHead(config(**keys), SHAPES)
+def pair(head=PointRendHead, name="PointRendMaskHead", std=0.2, **keys):
+    """Our head and detectron2's of that name with the same weights."""
+    cfg = config(oracle().add_pointrend_config, **keys)
+    theirs = spread(ROI_MASK_HEAD_REGISTRY.get(name)(cfg, SHAPES), std)
+    ours = head(config(**keys), SHAPES)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 

@@ -176,8 +176,7 @@ def test_chunks_and_order_do_not_matter():
     order = torch.tensor([4, 2, 0, 1, 3])
     with torch.no_grad():
         whole = head(features(1), detections((5,)))[0].pred_masks
-        head.chunk_mb = 0.3
-        assert head._regions_per_chunk(features(1)) == 2
+        head.chunk_mb = 2.5 * 4 * head.values_per_region(features(1)) / 2**20
         chunked = head(features(1), detections((5,)))[0].pred_masks
         permuted = head(features(1), [detections((5,))[0][order]])[0].pred_masks
     assert ((whole - chunked).abs() <= 1e-6).float().mean() >= 0.9999

@@ -128,11 +128,12 @@ def test_names_of_every_time_load(models, before):
     assert all(torch.equal(value, weights[name]) for name, value in fresh.state_dict().items())
 
 
-def test_normaliser_counts_regions_for_both_mask_losses(models):
+def test_normaliser_counts_regions_for_all_mask_losses(models):
     ours, _ = models
     sampled = Instances((64, 80), gt_classes=torch.tensor([0, 3, CLASSES, CLASSES]))
     counts = ours.roi_heads.loss_counts([sampled])
-    assert counts == {"loss_cls": 4, "loss_box_reg": 4, "loss_mask": 2, "loss_mask_point": 2}
+    regions = {"loss_cls": 4, "loss_box_reg": 4}
+    assert counts == {**regions, "loss_mask": 2, "loss_mask_point": 2, "loss_l2": 2}
 
 
 def test_bfloat16_makes_masks(models):
