@@ -83,7 +83,8 @@ class AllLevelPooler(nn.Module):
             raise ValueError(
                 f"{key} must be at least 1, not {sampling_ratio}: PANet pools every region from "
                 "the finest level, too, where a number that grows with the region (0) would take "
-                "thousands of samples for each cell of a large one; the published models have 2."
+                "more than a thousand samples for each cell of a large one; the published models "
+                "have 2."
             )
         self.level_poolers = nn.ModuleList(
             build_pooler(kind, output_size, [scale], sampling_ratio) for scale in scales
