@@ -23,7 +23,7 @@ from instseg_ext.modeling.poolers import build_pooler
 from instseg_ext.modeling.runtime import RuntimeMixin, RuntimeOptions
 from instseg_ext.structures.matched_masks import MatchedBitMasks
 
-__all__ = ["InstSegRCNN", "InstSegROIHeads", "paste_instances"]
+__all__ = ["InstSegRCNN", "InstSegROIHeads", "paste_instances", "share_masks"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -54,6 +54,9 @@ class InstSegRCNN(RuntimeMixin, GeneralizedRCNN):
         self.stretch_size = tuple(stretch_size)
         for module in self._logit_modules():
             module.register_forward_hook(_to_float32)
+        keypoint_head = getattr(self.roi_heads, "keypoint_head", None)
+        if hasattr(keypoint_head, "score_lowres"):
+            keypoint_head.score_lowres.register_forward_hook(_to_plain_float32)
         self.init_runtime(runtime or RuntimeOptions())
 
     @classmethod
@@ -76,7 +79,6 @@ class InstSegRCNN(RuntimeMixin, GeneralizedRCNN):
                 getattr(self.proposal_generator, "rpn_head", None),
                 getattr(self.roi_heads, "box_predictor", None),
                 getattr(getattr(self.roi_heads, "mask_head", None), "predictor", None),
-                getattr(getattr(self.roi_heads, "keypoint_head", None), "score_lowres", None),
             ),
         )
 
@@ -146,6 +148,14 @@ def _to_float32(module: nn.Module, arguments: Any, outputs: Any) -> Any:
     if isinstance(outputs, list | tuple):
         return type(outputs)(_to_float32(module, arguments, value) for value in outputs)
     return outputs.float()
+
+
+def _to_plain_float32(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+    """Forward hook for heat maps, which detectron2's keypoint loss views cell by cell.
+
+    The upsampling that follows keeps the memory format, so that it must not be channels_last.
+    """
+    return output.float().contiguous()
 
 
 def paste_instances(
@@ -251,7 +261,7 @@ class InstSegROIHeads(StandardROIHeads):
     ) -> list[Instances]:
         """Match and sample as ``ROIHeads`` does, without copying a mask for every sample."""
         return super().label_and_sample_proposals(
-            proposals, [_share_masks(target) for target in targets]
+            proposals, [share_masks(target) for target in targets]
         )
 
     def forward(
@@ -308,7 +318,7 @@ def _with_pooler(
     return arguments
 
 
-def _share_masks(target: Instances) -> Instances:
+def share_masks(target: Instances) -> Instances:
     """Return the ground truth with bit masks that can be indexed without copies."""
     if not target.has("gt_masks") or not isinstance(target.gt_masks, BitMasks):
         return target

@@ -1,7 +1,7 @@
 """Mask R-CNN: detectron2's own model in this project's frame, the baseline of every comparison."""
 
 from instseg_ext.method import Method
-from instseg_ext.modeling import rcnn  # noqa: F401  (registers InstSegRCNN and InstSegROIHeads)
+from instseg_ext.modeling import rcnn, res5_heads  # noqa: F401  (they register their classes)
 
 __all__ = ["METHOD"]
 
