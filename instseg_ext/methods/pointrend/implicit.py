@@ -185,6 +185,7 @@ class ImplicitPointRendHead(PointMaskHead):
             ValueError: naming the config key, if a value is not allowed.
         """
         node, implicit = cfg.MODEL.POINT_HEAD, cfg.MODEL.IMPLICIT_POINTREND
+        regions = region_arguments(cfg, input_shape)
         check_choice("MODEL.POINT_HEAD.NAME", node.NAME, ("ImplicitPointHead",))
         num_classes = check_class_count(cfg)
         names = node.IN_FEATURES if implicit.IMAGE_FEATURE_ENABLED else ()
@@ -203,7 +204,7 @@ class ImplicitPointRendHead(PointMaskHead):
             "num_train_points": node.TRAIN_NUM_POINTS,
             "subdivision": Subdivision.full(node.SUBDIVISION_STEPS, node.SUBDIVISION_NUM_POINTS),
             "regularizer": implicit.PARAMS_L2_REGULARIZER,
-            **region_arguments(cfg, input_shape),
+            **regions,
         }
 
     @property

@@ -85,6 +85,7 @@ class PointRendHead(PointMaskHead):
             ValueError: naming the config key, if a value is not allowed.
         """
         node = cfg.MODEL.ROI_MASK_HEAD
+        regions = region_arguments(cfg, input_shape)
         # the point head before the coarse head: random numbers are drawn in detectron2's order
         arguments = {"point_head": None}
         if node.POINT_HEAD_ON:
@@ -92,7 +93,7 @@ class PointRendHead(PointMaskHead):
         side = node.OUTPUT_SIDE_RESOLUTION
         shape = (cfg.MODEL.ROI_HEADS.NUM_CLASSES, side, side)
         coarse_head = CoarseHead.from_config(cfg, input_shape, shape)
-        return {**arguments, "coarse_head": coarse_head, **region_arguments(cfg, input_shape)}
+        return {**arguments, "coarse_head": coarse_head, **regions}
 
     @property
     def final_side(self) -> int:
@@ -143,8 +144,17 @@ class PointRendHead(PointMaskHead):
 
 
 def region_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
-    """Return the constructor arguments that say how a region as a whole is read."""
+    """Return the constructor arguments that say how a region as a whole is read.
+
+    Raises:
+        ValueError: if the ROI heads pool, and therefore hand no maps on.
+    """
     node = cfg.MODEL.ROI_MASK_HEAD
+    if node.POOLER_TYPE:
+        raise ValueError(
+            f"{node.NAME} reads the feature maps itself: set MODEL.ROI_MASK_HEAD.POOLER_TYPE to "
+            f'"", not {node.POOLER_TYPE!r}.'
+        )
     return {
         "strides": {name: shape.stride for name, shape in input_shape.items()},
         "region_features": node.IN_FEATURES,

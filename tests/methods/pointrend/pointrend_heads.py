@@ -31,6 +31,8 @@ def config(add=add_pointrend_config, **keys):
         "ROI_HEADS__NUM_CLASSES": CLASSES,
         "POINT_HEAD__NUM_CLASSES": CLASSES,
         "POINT_HEAD__FC_DIM": 16,
+        "ROI_MASK_HEAD__NAME": "PointRendHead",
+        "ROI_MASK_HEAD__POOLER_TYPE": "",
         "ROI_MASK_HEAD__POINT_HEAD_ON": True,
         "ROI_MASK_HEAD__CONV_DIM": 12,
         "ROI_MASK_HEAD__FC_DIM": 32,

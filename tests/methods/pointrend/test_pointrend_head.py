@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from methods.pointrend.pointrend_heads import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from instseg_ext.methods.pointrend import subdivision
 from instseg_ext.methods.pointrend.mask_head import PointRendHead
 from instseg_ext.structures.matched_masks import MatchedBitMasks
 
@@ -90,6 +92,26 @@ def test_masks_equal_detectron2(counts):
     assert float(same.float().mean()) >= 0.9999
     # what is left are cells that one of the two chose at the edge of a top-k, and ties
     assert float(((mine >= 0.5) != (expected >= 0.5)).float().mean()) <= 1e-5
+
+
+def test_masks_equal_detectron2_everywhere_if_the_same_cells_are_chosen(monkeypatch):
+    ours, theirs = pair()
+    project = importlib.import_module("detectron2.projects.point_rend.mask_head")
+    choose, chosen = project.get_uncertain_point_coords_on_grid, []
+
+    def record(*arguments):
+        chosen.append(choose(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(project, "get_uncertain_point_coords_on_grid", record)
+    mine, expected = detections((20,)), detections((20,))
+    with torch.no_grad():
+        theirs.eval()(features(1), expected)
+        cells = iter(chosen)
+        monkeypatch.setattr(subdivision, "uncertain_cells", lambda *_: next(cells))
+        ours.eval()(features(1), mine)
+    assert len(chosen) == 3
+    assert float((masks_of(mine) - masks_of(expected)).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("keys", VARIANTS.values(), ids=VARIANTS)
@@ -253,6 +275,7 @@ def test_old_names_load_into_the_head():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"ROI_MASK_HEAD__POOLER_TYPE": "ROIAlignV2"}, "MODEL.ROI_MASK_HEAD.POOLER_TYPE"),
         ({"POINT_HEAD__NUM_CLASSES": 4}, "MODEL.POINT_HEAD.NUM_CLASSES 4 must equal"),
         ({"POINT_HEAD__NAME": "Other"}, "MODEL.POINT_HEAD.NAME"),
         ({"POINT_HEAD__NUM_FC": 0}, "MODEL.POINT_HEAD.NUM_FC"),
