@@ -237,6 +237,12 @@ def _flip_indices(cfg: CfgNode) -> list[int]:
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {expected}, but data set {names[0]!r} "
             f"declares {len(indices)} keypoints; set the key to {len(indices)}."
         )
+    # Said now rather than by the evaluation after the training.
+    if cfg.DATASETS.TEST and (len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17) != expected:
+        raise ValueError(
+            f"TEST.KEYPOINT_OKS_SIGMAS needs a number for each of {expected} keypoints, not "
+            f"{list(cfg.TEST.KEYPOINT_OKS_SIGMAS)} ([] = the 17 of COCO's persons)."
+        )
     return indices
 
 

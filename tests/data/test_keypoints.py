@@ -192,6 +192,15 @@ def test_what_is_missing_is_said(cfg, write_coco, good_coco):
     with pytest.raises(ValueError, match=r"NUM_KEYPOINTS is 17, .* declares 3 keypoints; set"):
         build_mapper(cfg, True)
     build_mapper(cfg, False)
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 3
+    build_mapper(cfg, True)
+    cfg.DATASETS.TEST = ("keypoint_test",)
+    for sigmas in ([], [0.1, 0.1]):
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = sigmas
+        with pytest.raises(ValueError, match=r"OKS_SIGMAS needs a number for each of 3 keypoints"):
+            build_mapper(cfg, True)
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1, 0.1]
+    build_mapper(cfg, True)
     good_coco["categories"][0].pop("keypoints")
     register("keypoint_free", *write_coco(good_coco, name="bare.json"))
     cfg.DATASETS.TRAIN = ("keypoint_test", "keypoint_free")
