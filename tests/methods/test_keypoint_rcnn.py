@@ -80,7 +80,32 @@ def test_training_step(cfg, precision):
     assert seen == [torch.float32]
 
 
-def test_inference_and_keypoint_ap(cfg, tmp_path):
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_losses_and_keypoints_equal_detectron2(cfg, memory_format):
+    cfg.INSTSEG.MEMORY_FORMAT = memory_format
+    plain = cfg.clone()
+    plain.MODEL.META_ARCHITECTURE, plain.MODEL.ROI_HEADS.NAME = (
+        "GeneralizedRCNN",
+        "StandardROIHeads",
+    )
+    torch.manual_seed(0)
+    ours, theirs = build_model(cfg), build_model(plain)
+    theirs.load_state_dict(ours.state_dict())
+    batch = next(iter(build_train_loader(cfg, build_mapper(cfg, True), seed=0)))
+    losses = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        losses.append({name: value.item() for name, value in model(batch).items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    with torch.no_grad():
+        found, expected = (model.eval()(batch)[0]["instances"] for model in (ours, theirs))
+    assert len(found) == len(expected) == 5
+    torch.testing.assert_close(found.pred_keypoints, expected.pred_keypoints, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_inference_and_keypoint_ap(cfg, tmp_path, precision):
+    cfg.INSTSEG.PRECISION = precision
     torch.manual_seed(0)
     model = build_model(cfg)
     loader = build_test_loader(cfg, "keypoint_squares", build_mapper(cfg, False))
