@@ -16,7 +16,7 @@ from instseg_ext import checkpoint  # noqa: E402
 from instseg_ext import config as config_nodes  # noqa: E402
 from instseg_ext.data import add_data_config, register_bundled, register_from_config  # noqa: E402
 from instseg_ext.method import Method  # noqa: E402
-from instseg_ext.methods import mask_rcnn, polarmask, solo, yolact  # noqa: E402
+from instseg_ext.methods import mask_rcnn, panet, pointrend, polarmask, solo, yolact  # noqa: E402
 
 __all__ = [
     "METHODS",
@@ -28,7 +28,14 @@ __all__ = [
     "set_class_count",
 ]
 
-METHODS: tuple[Method, ...] = (solo.METHOD, yolact.METHOD, polarmask.METHOD, mask_rcnn.METHOD)
+METHODS: tuple[Method, ...] = (
+    solo.METHOD,
+    yolact.METHOD,
+    polarmask.METHOD,
+    pointrend.METHOD,
+    panet.METHOD,
+    mask_rcnn.METHOD,
+)
 
 for _method in METHODS:
     for _family in _method.converters:

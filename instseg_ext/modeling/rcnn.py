@@ -276,7 +276,8 @@ class InstSegROIHeads(StandardROIHeads):
         if not self.training or self.loss_normalizer == "local":
             return instances, losses
         counts = self.loss_counts(instances)
-        for name in losses.keys() & counts.keys():
+        # Sorted: processes must average the same counts at the same time.
+        for name in sorted(losses.keys() & counts.keys()):
             local = max(float(counts[name]), 1.0)
             everywhere = mean_over_processes(losses[name].new_tensor(float(counts[name])))
             losses[name] = losses[name] * (local / everywhere.clamp(min=1e-6))
