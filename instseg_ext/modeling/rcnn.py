@@ -213,10 +213,11 @@ def paste_instances(
 class InstSegROIHeads(StandardROIHeads):
     """``StandardROIHeads`` with poolers from ``build_pooler`` and a choice of loss normaliser.
 
-    detectron2 divides the box losses by the regions sampled in this process and the mask loss by
-    those of them that are foreground. With ``loss_normalizer="global"`` the counts are averaged
-    over the processes, so that the mean over processes of a loss is the loss of all their regions
-    together. The RPN needs no change: it divides by a constant per image.
+    detectron2 divides the box losses by the regions sampled in this process, the mask loss by those
+    of them that are foreground, and the keypoint loss by the labelled points in these. With
+    ``loss_normalizer="global"`` the counts are averaged over the processes, so that the mean over
+    processes of a loss is the loss of all their regions together. The RPN needs no change: it
+    divides by a constant per image.
 
     Note:
         Two processes equal one only as far as they look at the same regions. Anchors and regions
@@ -293,7 +294,18 @@ class InstSegROIHeads(StandardROIHeads):
         """
         regions = sum(len(x) for x in sampled)
         foreground = sum(int((x.gt_classes < self.num_classes).sum()) for x in sampled)
-        return {"loss_cls": regions, "loss_box_reg": regions, "loss_mask": foreground}
+        counts = {"loss_cls": regions, "loss_box_reg": regions, "loss_mask": foreground}
+        if self.keypoint_on and self.keypoint_head.loss_normalizer == "visible":
+            counts["loss_keypoint"] = sum(_count_keypoints(x, self.num_classes) for x in sampled)
+        return counts
+
+
+def _count_keypoints(sampled: Instances, num_classes: int) -> int:
+    """Return how many labelled keypoints lie in the sampled foreground regions of one image."""
+    foreground = sampled[sampled.gt_classes < num_classes]
+    # The number of cells does not matter here: a point is in the box or not.
+    _, valid = foreground.gt_keypoints.to_heatmap(foreground.proposal_boxes.tensor, 56)
+    return int(valid.sum())
 
 
 def _with_pooler(

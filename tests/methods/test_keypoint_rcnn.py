@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import keypoint_head
 from PIL import Image
 from torch import nn
 
@@ -17,6 +18,7 @@ import instseg_ext
 from instseg_ext.data import build_mapper, build_test_loader, build_train_loader, registration
 from instseg_ext.evaluation import build_evaluator, run_inference
 from instseg_ext.evaluation.timing import StageTimer
+from instseg_ext.modeling import rcnn
 
 NAMES = ["top", "left_side", "right_side"]
 TINY = """MODEL.DEVICE cpu MODEL.WEIGHTS ""
@@ -101,6 +103,35 @@ def test_losses_and_keypoints_equal_detectron2(cfg, memory_format):
         found, expected = (model.eval()(batch)[0]["instances"] for model in (ours, theirs))
     assert len(found) == len(expected) == 5
     torch.testing.assert_close(found.pred_keypoints, expected.pred_keypoints, rtol=1e-3, atol=1e-2)
+
+
+def test_global_normaliser_counts_what_detectron2_divides_by(cfg, monkeypatch):
+    """In two equal processes nothing changes; twice as many points elsewhere shrink the loss."""
+    cfg.INSTSEG.LOSS_NORMALIZER = "global"
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    batch = next(iter(build_train_loader(cfg, build_mapper(cfg, True), seed=0)))
+    counts, divisors = [], []
+    heads, loss = model.roi_heads, keypoint_head.keypoint_rcnn_loss
+    real = heads.loss_counts
+    monkeypatch.setattr(heads, "loss_counts", lambda x: counts.append(real(x)) or counts[-1])
+
+    def spy(logits, instances, normalizer):
+        whole = loss(logits, instances, normalizer=1.0)
+        result = loss(logits, instances, normalizer=normalizer)
+        divisors.append(float(whole.detach() / result.detach()))
+        return result
+
+    monkeypatch.setattr(keypoint_head, "keypoint_rcnn_loss", spy)
+    torch.manual_seed(1)
+    alone = model(batch)["loss_keypoint"].item()
+    assert counts[0]["loss_keypoint"] == pytest.approx(divisors[0])
+    assert counts[0]["loss_keypoint"] > 2
+    monkeypatch.setattr(rcnn, "mean_over_processes", lambda value: 2 * value)
+    torch.manual_seed(1)
+    assert model(batch)["loss_keypoint"].item() == pytest.approx(alone / 2)
+    heads.keypoint_head.loss_normalizer = 1.0  # a constant per image needs no correction
+    assert "loss_keypoint" not in real([])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
