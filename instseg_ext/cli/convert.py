@@ -22,6 +22,7 @@ FAMILIES = (
     "auto",
     "adelaidet",
     "detectron2",
+    "panet",
     "polarmask",
     "solo-authors",
     "solo-mmdet",
