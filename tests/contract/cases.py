@@ -27,6 +27,14 @@ TINY_YOLACT = (
     "INPUT.MIN_SIZE_TEST", 0,
 )  # fmt: skip
 TINY_POLARMASK = ("MODEL.POLARMASK.WIDTH", 32, "MODEL.POLARMASK.NUM_CONVS", 1)
+TINY_RCNN = (
+    "MODEL.FPN.NORM", "",
+    "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM", 16,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40,
+    "MODEL.RPN.POST_NMS_TOPK_TEST", 40,
+)  # fmt: skip
 # Fresh masks of the first SOLO are at the prior everywhere: put them above the mask threshold, also
 # as a product of two, and the scores below theirs.
 FULL_MASKS = (*TINY_SOLO, "MODEL.SOLO.PRIOR_PROB", 0.8, "MODEL.SOLO.SCORE_THRESH", 0.99)
@@ -88,14 +96,16 @@ CASES = [
     Case(
         "MaskRCNN",
         "MaskRCNN/nuclei_mask_rcnn_R_18_FPN",
+        (*TINY_RCNN, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1),
+        sees_padding=True,
+    ),
+    Case(
+        "PointRend",
+        "PointRend/nuclei_pointrend_R_18_FPN",
         (
-            "MODEL.FPN.NORM", "",
-            "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
-            "MODEL.ROI_MASK_HEAD.CONV_DIM", 16,
-            "MODEL.ROI_MASK_HEAD.NUM_CONV", 1,
-            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
-            "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40,
-            "MODEL.RPN.POST_NMS_TOPK_TEST", 40,
+            *TINY_RCNN,
+            "MODEL.ROI_MASK_HEAD.FC_DIM", 32,
+            "MODEL.POINT_HEAD.FC_DIM", 16,
         ),
         sees_padding=True,
     ),
