@@ -109,6 +109,17 @@ CASES = [
         ),
         sees_padding=True,
     ),
+    Case(
+        "PANet",
+        "PANet/nuclei_panet_R_18_FPN",
+        (
+            *TINY_RCNN,
+            # The fully connected branch has half the channels, in groups of 32.
+            "MODEL.ROI_MASK_HEAD.CONV_DIM", 64,
+            "MODEL.ROI_BOX_HEAD.CONV_DIM", 32,
+        ),
+        sees_padding=True,
+    ),
 ]  # fmt: skip
 
 
