@@ -43,9 +43,21 @@ MODEL.RPN.POST_NMS_TOPK_TRAIN 30 MODEL.RPN.PRE_NMS_TOPK_TEST 60 MODEL.RPN.POST_N
 MODEL.ROI_MASK_HEAD.CONV_DIM 8 TEST.DETECTIONS_PER_IMAGE 8"""
 
 
+# Data sets that a config's name ends with, to the zoo's folders.
+DATA_FOLDERS = {
+    "_cityscapes": "Cityscapes",
+    "_lvis_v0.5": "LVISv0.5-InstanceSegmentation",
+    "_lvis_v1": "LVISv1-InstanceSegmentation",
+}
+LVIS = [f"mask_rcnn_{n}_FPN_1x_lvis_" for n in ("R_50", "R_101", "X_101_32x8d")]
+
+
 def zoo_file(name):
-    kind = next(kind for kind in FOLDERS if name.startswith(kind))
-    path = ZOO / FOLDERS[kind] / f"{name}.yaml"
+    folder = next(FOLDERS[kind] for kind in FOLDERS if name.startswith(kind))
+    for ending, data_folder in DATA_FOLDERS.items():
+        if name.endswith(ending):
+            name, folder = name.removesuffix(ending), data_folder
+    path = ZOO / folder / f"{name}.yaml"
     if not path.is_file():
         pytest.skip("this detectron2 ships no model zoo")
     return path
@@ -64,6 +76,8 @@ def test_the_promised_models_are_there():
     for kind in FOLDERS:
         expected |= {f"{kind}_R_50_FPN_1x", f"{kind}_R_50_FPN_3x", f"{kind}_R_101_FPN_3x"}
         expected.add(f"{kind}_X_101_32x8d_FPN_3x")
+    expected |= {name + version for name in LVIS for version in ("v0.5", "v1")}
+    expected.add("mask_rcnn_R_50_FPN_cityscapes")
     assert expected <= set(PROJECT.published)
 
 
@@ -89,6 +103,9 @@ def test_config_is_that_of_the_zoo(name):
         ("mask_rcnn_R_101_FPN_3x", 63.3),
         ("mask_rcnn_X_101_32x8d_FPN_3x", 107.4),
         ("keypoint_rcnn_R_50_FPN_1x", 59.1),
+        ("mask_rcnn_R_50_FPN_cityscapes", 44.0),
+        ("mask_rcnn_R_50_FPN_1x_lvis_v0.5", 50.5),
+        ("mask_rcnn_R_50_FPN_1x_lvis_v1", 50.4),
     ],
 )
 def test_state_dict_is_that_of_the_zoo(name, millions):
