@@ -72,19 +72,37 @@ class StandardPointHead(nn.Module):
         Returns:
             (R, P) float32 logits.
         """
-        x, side = fine, coarse
-        for name in self._fcs:
-            layer = getattr(self, name)
-            # Conv1d's weight without the axis of its kernel, for every region the same
-            weight = layer.weight[:, :, 0].expand(x.shape[0], -1, -1)
-            x = F.relu(stacked_product(weight, layer.bias[:, None], x, side))
-            side = coarse if self.coarse_each_layer else None
+        x, side = self._hidden(fine, coarse)
         if self.predictor.out_channels == 1:
             classes = torch.zeros_like(classes)
         weight = self.predictor.weight[classes].transpose(1, 2)
         return stacked_product(weight, self.predictor.bias[classes][:, None, None], x, side)[
             :, 0
         ].float()
+
+    def all_classes(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """Predict every class at each point; see ``forward``.
+
+        Returns:
+            (R, K, P) float32 logits.
+        """
+        x, side = self._hidden(fine, coarse)
+        return _apply(self.predictor, x, side).float()
+
+    def _hidden(self, fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the prediction reads: (R, D, P), and the coarse logits if it reads them."""
+        x, side = fine, coarse
+        for name in self._fcs:
+            x = F.relu(_apply(getattr(self, name), x, side))
+            side = coarse if self.coarse_each_layer else None
+        return x, side
+
+
+def _apply(layer: nn.Conv1d, x: Tensor, side: Tensor | None) -> Tensor:
+    """Apply a layer to all regions; see ``stacked_product``."""
+    # Conv1d's weight without the axis of its kernel, for every region the same
+    weight = layer.weight[:, :, 0].expand(x.shape[0], -1, -1)
+    return stacked_product(weight, layer.bias[:, None], x, side)
 
 
 def stacked_product(weight: Tensor, bias: Tensor, x: Tensor, side: Tensor | None) -> Tensor:

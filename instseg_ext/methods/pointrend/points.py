@@ -6,6 +6,7 @@ Shapes: R regions, N points of each, H x W cells. Points are (x, y) relative to 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,10 @@ def class_channel(maps: Tensor, classes: Tensor) -> Tensor:
     if maps.shape[1] == 1:
         return maps
     return maps[torch.arange(maps.shape[0], device=maps.device), classes][:, None]
+
+
+def _only_channel(maps: Tensor) -> Tensor:
+    return maps[:, 0]
 
 
 @dataclass(frozen=True)
@@ -76,15 +81,17 @@ class TrainPoints:
             )
 
     @torch.no_grad()
-    def draw(self, logits: Tensor) -> Tensor:
+    def draw(self, logits: Tensor, margin: Callable[[Tensor], Tensor] = _only_channel) -> Tensor:
         """Choose points.
 
         The random numbers are those of detectron2's project, in its order.
 
         Args:
-            logits: (R, 1, H, W) coarse logits of the class of each region. A point is the more
-                uncertain the nearer to zero they are there. It must be the logits that are
-                interpolated: halfway between -1 and 1 nothing is certain, though both cells are.
+            logits: (R, C, H, W) coarse logits, of the class of each region unless ``margin`` says
+                otherwise. It must be the logits that are interpolated: halfway between -1 and 1
+                nothing is certain, though both cells are.
+            margin: from logits (R, C, P) to (R, P). A point is the more uncertain the nearer to
+                zero it is there.
 
         Returns:
             (R, N, 2) float32.
@@ -97,7 +104,7 @@ class TrainPoints:
             return torch.rand(num, self.num_points, 2, device=device)
         num_candidates = int(self.num_points * self.oversample_ratio)
         candidates = torch.rand(num, num_candidates, 2, device=device)
-        certainty = sample_points(logits, candidates)[:, 0].abs()
+        certainty = margin(sample_points(logits, candidates)).abs()
         num_important = int(self.importance_ratio * self.num_points)
         chosen = certainty.topk(num_important, dim=1, largest=False).indices
         important = candidates.gather(1, chosen[:, :, None].expand(-1, -1, 2))
