@@ -33,6 +33,7 @@ METHODS: tuple[Method, ...] = (
     yolact.METHOD,
     polarmask.METHOD,
     pointrend.METHOD,
+    pointrend.SEMANTIC_METHOD,
     panet.METHOD,
     mask_rcnn.METHOD,
 )

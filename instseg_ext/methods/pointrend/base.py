@@ -171,16 +171,24 @@ def _one_image(features: Mapping[str, Tensor], number: int) -> dict[str, Tensor]
     return {name: level[number : number + 1] for name, level in features.items()}
 
 
-def total_channels(key: str, names: Sequence[str], shapes: Mapping[str, ShapeSpec]) -> int:
+def total_channels(
+    key: str,
+    names: Sequence[str],
+    shapes: Mapping[str, ShapeSpec],
+    source: str = "MODEL.ROI_HEADS.IN_FEATURES",
+) -> int:
     """Return the channels of several maps together.
 
+    Args:
+        key: config key that names them.
+        names: of the maps.
+        shapes: of all maps there are.
+        source: where these come from, for the message.
+
     Raises:
-        ValueError: if the ROI heads do not hand a map on.
+        ValueError: if there is no such map.
     """
     missing = [name for name in names if name not in shapes]
     if missing or not names:
-        raise ValueError(
-            f"{key} {list(names)} must name some of MODEL.ROI_HEADS.IN_FEATURES: "
-            f"{', '.join(shapes)}."
-        )
+        raise ValueError(f"{key} {list(names)} must name some of {source}: {', '.join(shapes)}.")
     return sum(shapes[name].channels for name in names)

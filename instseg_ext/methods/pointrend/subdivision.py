@@ -15,7 +15,7 @@ from torch import Tensor
 from instseg_ext.layers.point_sample import grid_points
 from instseg_ext.methods.pointrend.points import uncertain_cells
 
-__all__ = ["Subdivision"]
+__all__ = ["Subdivision", "check_subdivision"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Subdivision:
         Raises:
             ValueError: naming the config key.
         """
-        _check(steps, num_points)
+        check_subdivision(steps, num_points)
         while steps > 0 and 4 * side**2 <= num_points:
             side, steps = 2 * side, steps - 1
         return cls(side, steps, num_points)
@@ -60,7 +60,7 @@ class Subdivision:
         Raises:
             ValueError: naming the config key.
         """
-        _check(steps, num_points)
+        check_subdivision(steps, num_points)
         side = math.isqrt(num_points)
         if side**2 != num_points:
             raise ValueError(
@@ -101,7 +101,12 @@ class Subdivision:
         return logits
 
 
-def _check(steps: int, num_points: int) -> None:
+def check_subdivision(steps: int, num_points: int) -> None:
+    """Refuse numbers of steps and points that are none.
+
+    Raises:
+        ValueError: naming the config key.
+    """
     if steps < 0 or num_points < 1:
         raise ValueError(
             "MODEL.POINT_HEAD.SUBDIVISION_STEPS must not be negative and "
