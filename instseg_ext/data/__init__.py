@@ -4,11 +4,24 @@ from instseg_ext.data.check import Report, cheap_check, check_dataset
 from instseg_ext.data.config import add_data_config
 from instseg_ext.data.loader import (
     TrainLoader,
+    build_inference_loader,
     build_test_loader,
     build_train_loader,
     load_training_dicts,
+    training_dicts,
 )
-from instseg_ext.data.mapper import InstSegDatasetMapper, KeypointDatasetMapper, build_mapper
+from instseg_ext.data.mapper import (
+    InstSegDatasetMapper,
+    KeypointDatasetMapper,
+    annotation_boxes,
+    build_mapper,
+)
+from instseg_ext.data.proposals import (
+    ProposalFile,
+    ProposalMapper,
+    assign_proposals,
+    write_proposals,
+)
 from instseg_ext.data.registration import (
     add_registrations,
     dataset_classes,
@@ -25,10 +38,15 @@ from instseg_ext.data.shapes import make_shapes
 __all__ = [
     "InstSegDatasetMapper",
     "KeypointDatasetMapper",
+    "ProposalFile",
+    "ProposalMapper",
     "Report",
     "TrainLoader",
     "add_data_config",
     "add_registrations",
+    "annotation_boxes",
+    "assign_proposals",
+    "build_inference_loader",
     "build_mapper",
     "build_test_loader",
     "build_train_loader",
@@ -44,4 +62,6 @@ __all__ = [
     "register",
     "register_bundled",
     "register_from_config",
+    "training_dicts",
+    "write_proposals",
 ]

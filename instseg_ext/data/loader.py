@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampl
 from detectron2.utils import comm
 from torch.utils import data
 
+from instseg_ext.data.proposals import ProposalMapper, assign_proposals
 from instseg_ext.data.stream import BatchStream, EpochOrder, seeded, slice_batch
 
 __all__ = [
     "TrainLoader",
+    "build_inference_loader",
     "build_test_loader",
     "build_train_loader",
     "load_training_dicts",
+    "training_dicts",
 ]
 
 logger = logging.getLogger(__name__)
@@ -172,30 +175,32 @@ class TrainLoader:
 
 
 def build_train_loader(
-    cfg: CfgNode, mapper: Mapper, *, start_iteration: int = 0, seed: int
+    cfg: CfgNode, mapper: Mapper, *, start_iteration: int = 0, seed: int, limit: int | None = None
 ) -> TrainLoader:
     """Build the training loader of this process.
 
     Args:
         cfg: reads ``DATASETS.TRAIN``, ``DATALOADER``, ``SOLVER.IMS_PER_BATCH``,
-            ``INSTSEG.ACCUMULATE``.
+            ``INSTSEG.ACCUMULATE``; with ``MODEL.LOAD_PROPOSALS`` also
+            ``DATASETS.PROPOSAL_FILES_TRAIN``.
         mapper: see :class:`TrainLoader`.
         start_iteration: optimiser steps done before; the stream goes on exactly there.
         seed: non-negative and the same in all processes.
+        limit: use only the first images, with proposals those of each set; None = all.
 
     Returns:
         an endless iterable of micro-batches; ``INSTSEG.ACCUMULATE`` of them make one step.
 
     Raises:
+        FileNotFoundError: if a file of proposals does not exist.
         ValueError: if a key has a value that is not allowed, or there is nothing to train on.
     """
-    dicts = load_training_dicts(
-        list(cfg.DATASETS.TRAIN),
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
-    )
+    if cfg.MODEL.LOAD_PROPOSALS:
+        sets = [training_dicts(cfg, [name], limit) for name in cfg.DATASETS.TRAIN]
+        dicts = assign_proposals(sets, cfg.DATASETS.PROPOSAL_FILES_TRAIN)
+        mapper = ProposalMapper(mapper)
+    else:
+        dicts = training_dicts(cfg, cfg.DATASETS.TRAIN, limit)
     sampler, repeat = cfg.DATALOADER.SAMPLER_TRAIN, None
     if sampler == "RepeatFactorTrainingSampler":
         repeat = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
@@ -220,6 +225,29 @@ def build_train_loader(
         order=EpochOrder(len(dicts), seed, repeat_factors=repeat),
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
     )
+
+
+def training_dicts(cfg: CfgNode, names: Sequence[str], limit: int | None = None) -> list[dict]:
+    """Load training sets as the training of a config uses them, without proposals.
+
+    Args:
+        cfg: reads what says which images are left out.
+        names: of ``DATASETS.TRAIN``, or some of them.
+        limit: return only the first images; None = all.
+
+    Returns:
+        detectron2 dictionaries.
+
+    Raises:
+        ValueError: see ``load_training_dicts``.
+    """
+    return load_training_dicts(
+        list(names),
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
+    )[:limit]
 
 
 def load_training_dicts(
@@ -286,12 +314,31 @@ def build_test_loader(
         an iterable of lists with one dictionary; each process gets its own share.
 
     Raises:
-        ValueError: if the data set has no image.
+        ValueError: if the data set has no image, or the model wants proposals from files.
     """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS is for training only: give the model a proposal generator and "
+            "turn the key off to evaluate it."
+        )
     dicts = DatasetCatalog.get(dataset_name)
     dicts = dicts if limit is None else dicts[:limit]
     if not dicts:
         raise ValueError(f"Data set {dataset_name!r} has no image to test on.")
+    return build_inference_loader(cfg, dicts, mapper)
+
+
+def build_inference_loader(cfg: CfgNode, dicts: list[dict], mapper: Mapper) -> data.DataLoader:
+    """Build the loader of given images: one per forward pass, each exactly once.
+
+    Args:
+        cfg: see ``build_test_loader``.
+        dicts: at least one.
+        mapper: from a dictionary to a model input.
+
+    Returns:
+        an iterable of lists with one dictionary; each process gets its own share.
+    """
     return data.DataLoader(
         _Mapped(dicts, mapper),
         batch_size=1,

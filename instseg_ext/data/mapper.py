@@ -53,6 +53,7 @@ class InstSegDatasetMapper:
         augmentations: Sequence[T.Augmentation | T.Transform],
         image_format: str,
         keep_crowd: bool = False,
+        proposal_topk: int = 2000,
     ):
         """Set up the mapper; with a config it is ``InstSegDatasetMapper(cfg, is_train)``.
 
@@ -61,20 +62,23 @@ class InstSegDatasetMapper:
             augmentations: applied in order.
             image_format: ``BGR``, ``RGB`` or another format of detectron2's reader.
             keep_crowd: keep crowds, marked in the field ``gt_is_crowd``.
+            proposal_topk: keep at most so many of an image's precomputed proposals, the best.
         """
         self.is_train = is_train
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
         self.keep_crowd = keep_crowd
+        self.proposal_topk = proposal_topk
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True, keep_crowd: bool = False) -> dict:
-        """Read ``INPUT``, ``INSTSEG.STRETCH`` and ``INSTSEG.AUGMENTATIONS``."""
+        """Read ``INPUT``, ``INSTSEG`` and how many precomputed proposals are kept."""
         return {
             "is_train": is_train,
             "augmentations": build_augmentations(**augmentation_kwargs(cfg, is_train)),
             "image_format": cfg.INPUT.FORMAT,
             "keep_crowd": keep_crowd,
+            "proposal_topk": cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN,
         }
 
     def __call__(self, dataset_dict: dict) -> dict | None:
@@ -87,7 +91,8 @@ class InstSegDatasetMapper:
             the dictionary without ``annotations``, with ``image`` (C, H, W) uint8, or float32 after
             a stretch or ``INSTSEG.AUGMENTATIONS.SSD``, and in training ``instances`` with
             ``gt_boxes``, ``gt_classes`` (M,) int64 and ``gt_masks`` (BitMasks, M x H x W), where M
-            may be 0. A subclass may return None to have the image replaced by another one.
+            may be 0; precomputed ``proposal_boxes`` become ``proposals``, at the size of the image.
+            A subclass may return None to have the image replaced by another one.
 
         Raises:
             FileNotFoundError: if the image is missing.
@@ -103,6 +108,10 @@ class InstSegDatasetMapper:
         transforms = self.augmentations(aug_input)
         image = aug_input.image
         dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if "proposal_boxes" in dataset_dict:
+            detection_utils.transform_proposals(
+                dataset_dict, image.shape[:2], transforms, proposal_topk=self.proposal_topk
+            )
         if self.is_train and annotations is not None:
             left = [usable[i] for i in aug_input.index]
             dataset_dict["instances"] = self.make_instances(

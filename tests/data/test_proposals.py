@@ -1,0 +1,160 @@
+"""Precomputed proposals: a file that runs no code, and boxes that go where the image goes."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+from PIL import Image
+
+from instseg_ext import data
+from instseg_ext.config import add_shared_config
+
+BOXES = torch.tensor([[0.0, 0, 10, 5], [2.5, 1, 8, 9], [30, 30, 40, 40]])
+LOGITS = torch.tensor([-1.0, 3, 0.5])
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "proposals.pth"
+    data.write_proposals(
+        path, [("7", BOXES, LOGITS), ("empty", BOXES[:0], LOGITS[:0]), ("9", BOXES[:1], LOGITS[:1])]
+    )
+    return path
+
+
+def test_a_file_gives_back_what_was_written_best_first(file):
+    stored = data.ProposalFile(file)
+    assert stored.ids == ["7", "empty", "9"]
+    boxes, logits = stored[7]
+    assert torch.equal(logits, LOGITS[[1, 2, 0]])
+    assert torch.equal(boxes, BOXES[[1, 2, 0]])
+    assert [len(part) for part in stored["empty"]] == [0, 0]
+    assert torch.equal(stored[9][0], BOXES[:1])
+    assert 7 in stored
+    assert 8 not in stored
+
+
+def test_no_image_at_all(tmp_path):
+    data.write_proposals(tmp_path / "none.pth", [])
+    assert data.ProposalFile(tmp_path / "none.pth").ids == []
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("writer", ["pickle", "torch"])
+def test_a_file_that_would_run_code_is_refused(tmp_path, writer):
+    path, sprung = tmp_path / "proposals.pkl", tmp_path / "sprung"
+    content = {"ids": [1], "boxes": [np.zeros((1, 4))], "objectness_logits": Trap(sprung)}
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"no proposal file of ours .*write_proposals"):
+        data.ProposalFile(path)
+    assert not sprung.exists()
+
+
+def test_files_that_are_damaged_or_foreign_are_refused(file, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no proposal file .*gone\.pth"):
+        data.ProposalFile(tmp_path / "gone.pth")
+    torch.save({"model": {}}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="no proposal file of ours"):
+        data.ProposalFile(tmp_path / "weights.pth")
+    content = torch.load(file, weights_only=True)
+    torch.save({**content, "boxes": content["boxes"][1:]}, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match="lengths that do not fit"):
+        data.ProposalFile(tmp_path / "short.pth")
+    (tmp_path / "half.pth").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="no proposal file of ours"):
+        data.ProposalFile(tmp_path / "half.pth")
+
+
+def test_every_training_set_has_its_file(file):
+    first, second = [{"image_id": 7}, {"image_id": 9}], [{"image_id": 9}]
+    assigned = data.assign_proposals([first, second], [str(file), str(file)])
+    assert [d["image_id"] for d in assigned] == [7, 9, 9]
+    assert {d["proposal_file"] for d in assigned} == {str(file)}
+    assert "proposal_file" not in first[0]
+    with pytest.raises(ValueError, match=r"each of the 2 sets .*PROPOSAL_FILES_TRAIN has 1"):
+        data.assign_proposals([first, second], [str(file)])
+    with pytest.raises(ValueError, match=r"proposals\.pth .*lacks 1 of 2 images, .*id 11"):
+        data.assign_proposals([[{"image_id": 11}, {"image_id": 7}]], [str(file)])
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.fromarray(np.zeros((40, 60, 3), dtype=np.uint8)).save(tmp_path / "picture.png")
+    polygon = [[10.0, 10, 20, 10, 20, 20, 10, 20]]
+    annotation = {"category_id": 0, "segmentation": polygon, "iscrowd": 0}
+    return {
+        "file_name": str(tmp_path / "picture.png"),
+        "image_id": 7,
+        "height": 40,
+        "width": 60,
+        "annotations": [annotation],
+    }
+
+
+def mapper(*augmentations, **options):
+    return data.InstSegDatasetMapper(
+        is_train=True, augmentations=augmentations, image_format="BGR", **options
+    )
+
+
+def test_proposals_go_where_the_image_goes(file, picture):
+    """The best stay, clipped to the image; those that a crop leaves nothing of are dropped."""
+    moved = data.ProposalMapper(mapper(T.Resize((80, 120)), T.HFlipTransform(120)))
+    (assigned,) = data.assign_proposals([[picture]], [str(file)])
+    proposals = moved(assigned)["proposals"]
+    assert proposals.image_size == (80, 120)
+    expected = [[104, 2, 115, 18], [40, 60, 60, 80], [100, 0, 120, 10]]
+    assert proposals.proposal_boxes.tensor.tolist() == expected
+    assert proposals.objectness_logits.tolist() == [3, 0.5, -1]
+    best = data.ProposalMapper(mapper(T.CropTransform(5, 0, 20, 40), proposal_topk=1))
+    proposals = best(assigned)["proposals"]
+    assert proposals.proposal_boxes.tensor.tolist() == [[0, 1, 3, 9]]
+    assert "proposal_file" in assigned
+
+
+def test_a_worker_maps_the_file_for_itself(file, picture):
+    used = data.ProposalMapper(mapper())
+    (assigned,) = data.assign_proposals([[picture]], [str(file)])
+    used(assigned)
+    content = pickle.dumps(used)
+    assert len(content) < 2000
+    assert len(pickle.loads(content)(assigned)["proposals"]) == 3
+
+
+def test_the_training_loader_reads_them(file, picture):
+    name = "one_picture_with_proposals"
+    if name not in DatasetCatalog:
+        DatasetCatalog.register(name, lambda: [picture])
+        MetadataCatalog.get(name).thing_classes = ["thing"]
+    cfg = get_cfg()
+    add_shared_config(cfg)
+    data.add_data_config(cfg)
+    cfg.DATASETS.TRAIN = (name,)
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = (str(file),)
+    cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN = 2
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    cfg.INPUT.MIN_SIZE_TRAIN = (40,)
+    cfg.MODEL.LOAD_PROPOSALS = True
+    (sample,) = next(iter(data.build_train_loader(cfg, data.build_mapper(cfg, True), seed=0)))
+    assert sample["proposals"].objectness_logits.tolist() == [3, 0.5]
+    assert len(sample["instances"]) == 1
+    with pytest.raises(ValueError, match=r"LOAD_PROPOSALS is for training only"):
+        data.build_test_loader(cfg, name, data.build_mapper(cfg, False))
+    DatasetCatalog.remove(name)
