@@ -31,3 +31,6 @@ def add_panet_config(cfg: CN) -> None:
     # True, as published: a ReLU follows the fully connected layer, so that the branch can only
     # raise mask logits. False: plain addition, as the paper has it.
     _C.MODEL.PANET.FC_FUSION_RELU = True
+    # True: anchors, boxes, pooling and pasting of masks as in the authors' code, for inference with
+    # their weights. Not for training.
+    _C.MODEL.PANET.LEGACY_D1 = False

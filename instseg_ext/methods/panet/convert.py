@@ -183,16 +183,11 @@ _CONFIGS = {
     (False, False): "PANet/panet_R_50_FPN_1x_det",
     (True, False): "PANet/panet_R_50_FPN_1x_det_2fc",
 }
-# How the authors' code places anchors and cuts regions.
-_OPTS = (
-    *("MODEL.ANCHOR_GENERATOR.NAME", "LegacyAnchorGenerator"),
-    *("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"),
-    *("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlign"),
-)
+# Boxes as in the authors' code.
+_OPTS = ("MODEL.PANET.LEGACY_D1", True)
 _NOTE = (
-    "the weights want MODEL.ANCHOR_GENERATOR.NAME LegacyAnchorGenerator and POOLER_TYPE ROIAlign "
-    "in both heads, which a config given with --config does not get by itself. The authors cut "
-    "regions that end one pixel earlier; that is not imitated."
+    "the weights want MODEL.PANET.LEGACY_D1 True, the authors' anchors and boxes, which a config "
+    "given with --config does not get by itself"
 )
 
 

@@ -25,6 +25,20 @@ class PANetROIHeads(InstSegROIHeads):
     """
 
     @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Return the constructor arguments.
+
+        Raises:
+            ValueError: if ``MODEL.PANET.LEGACY_D1`` is set in a model that ignores it.
+        """
+        if cls is PANetROIHeads and cfg.MODEL.PANET.LEGACY_D1:
+            raise ValueError(
+                "MODEL.PANET.LEGACY_D1 needs MODEL.META_ARCHITECTURE PANetRCNN, not "
+                f"{cfg.MODEL.META_ARCHITECTURE}."
+            )
+        return super().from_config(cfg, input_shape)
+
+    @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         arguments = super()._init_box_head(cfg, input_shape)
         if isinstance(arguments["box_head"], PANetBoxHead):

@@ -18,7 +18,7 @@ def config(opts=()):
     instseg_ext.add_instseg_config(cfg)
     add_panet_config(cfg)
     model = cfg.MODEL
-    model.DEVICE, model.MASK_ON, model.META_ARCHITECTURE = "cpu", True, "InstSegRCNN"
+    model.DEVICE, model.MASK_ON, model.META_ARCHITECTURE = "cpu", True, "PANetRCNN"
     model.BACKBONE.NAME, model.BACKBONE.FREEZE_AT = "build_panet_fpn_backbone", 0
     model.RESNETS.OUT_FEATURES = model.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     model.FPN.NORM = model.ROI_BOX_HEAD.NORM = model.ROI_MASK_HEAD.NORM = "GN"

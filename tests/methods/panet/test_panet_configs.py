@@ -131,7 +131,9 @@ def test_nuclei_config_is_the_baseline_with_the_parts_of_panet():
     for node, keys in changed.items():
         ours, theirs = cfg.MODEL[node], baseline.MODEL[node]
         assert {key for key in ours if ours[key] != theirs[key]} == keys
-    assert {k for k in cfg.MODEL if cfg.MODEL[k] != baseline.MODEL[k]} == set(changed)
+    assert cfg.MODEL.META_ARCHITECTURE == "PANetRCNN"
+    differing = {k for k in cfg.MODEL if cfg.MODEL[k] != baseline.MODEL[k]}
+    assert differing == {*changed, "META_ARCHITECTURE"}
     heads = build(cfg).roi_heads
     assert heads.mask_head.mask_size == (28, 28)
     assert len(heads.box_head.conv1) == len(heads.mask_head.conv1) == 4

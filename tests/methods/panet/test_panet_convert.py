@@ -171,10 +171,8 @@ def test_layers_of_scale_and_shift_become_frozen_norms_that_normalise_nothing():
 
 def test_the_geometry_of_the_authors_comes_with_the_weights():
     report = convert(tensors(FULL))[1]
-    cfg = instseg_ext.get_config(report.config, report.opts)
-    assert cfg.MODEL.ANCHOR_GENERATOR.NAME == "LegacyAnchorGenerator"
-    assert cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE == cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE == "ROIAlign"
-    assert "LegacyAnchorGenerator" in report.notes[0]
+    assert instseg_ext.get_config(report.config, report.opts).MODEL.PANET.LEGACY_D1
+    assert "MODEL.PANET.LEGACY_D1 True" in report.notes[0]
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -227,7 +225,7 @@ def test_the_command_writes_a_file_that_loads_whole(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "family      panet\n" in told
     assert "3 classes instead of the config's 80." in told
-    assert "LegacyAnchorGenerator" in read_metadata(str(out))["config"]
+    assert "LEGACY_D1: true" in read_metadata(str(out))["config"]
     weights = read_weights(str(out))["model"]
     background = weights["roi_heads.box_predictor.cls_score.bias"][-1]
     assert background == state["Box_Outs.cls_score.bias"][0]

@@ -32,6 +32,7 @@ def without_gradient(model):
 def test_record():
     method = panet.METHOD
     assert method.name == "PANet"
+    assert method.meta_architectures == ("PANetRCNN",)
     assert set(method.components) == {"PANetROIHeads", "PANetFusionMaskHead"}
 
 
