@@ -7,13 +7,20 @@ what they refer to, so that the centre of cell j of W cells is (j + 0.5) / W.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["grid_points", "points_in_boxes", "sample_levels", "sample_masks", "sample_points"]
+__all__ = [
+    "PointMap",
+    "cell_weights",
+    "grid_points",
+    "points_in_boxes",
+    "sample_masks",
+    "sample_points",
+]
 
 
 def grid_points(side: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -67,30 +74,88 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return values[..., 0] if flat else values
 
 
-def sample_levels(levels: Sequence[Tensor], strides: Sequence[int], points: Tensor) -> Tensor:
-    """Read the feature maps of one image at points of its regions.
+@dataclass(frozen=True)
+class PointMap:
+    """A feature map of one image, laid out for reading at points.
+
+    The channels of a cell lie side by side, so that a point costs four rows of memory. In
+    channels_last such a map is a view of the feature map.
+
+    Attributes:
+        rows: (H * W, C) float32, cell by cell, row by row.
+        size: (2,) float32, W and H. A tensor, since a traced size would become a constant.
+        stride: image pixels per cell.
+    """
+
+    rows: Tensor
+    size: Tensor
+    stride: int
+
+    @classmethod
+    def of(cls, level: Tensor, stride: int) -> PointMap:
+        """Lay out a map (1, C, H, W); padding of the image is part of it."""
+        # traced sizes are tensors, which torch.tensor would turn into constants
+        width = torch.as_tensor(level.shape[3], dtype=torch.float32)
+        height = torch.as_tensor(level.shape[2], dtype=torch.float32)
+        size = torch.stack([width, height]).to(level.device)
+        return cls(level[0].float().permute(1, 2, 0).flatten(0, 1), size, stride)
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.rows.shape[1]
+
+    def times(self, weight: Tensor) -> PointMap:
+        """Apply a linear map (C', C) to every cell; reading and linear maps commute."""
+        return replace(self, rows=(self.rows @ weight.t()).float())
+
+    def at(self, points: Tensor) -> Tensor:
+        """Interpolate bilinearly, with zeros around the map.
+
+        Args:
+            points: (R, P, 2) float32, image pixels.
+
+        Returns:
+            (R, P, C) float32, with gradients for ``rows``.
+        """
+        place = _place(points / (self.size * self.stride), self.size)
+        low = place.floor()
+        share = torch.stack([low + 1 - place, place - low], dim=2)  # (R, P, low or high, x or y)
+        index = torch.stack([low, low + 1], dim=2)
+        share = share * ((index >= 0) & (index < self.size))
+        index = index.clamp(min=torch.zeros_like(self.size), max=self.size - 1).long()
+        columns, rows = index.unbind(dim=3)
+        width = self.size[0].long()
+        cells = (rows[..., :, None] * width + columns[..., None, :]).view(-1, 4)
+        weights = (share[..., :, None, 1] * share[..., None, :, 0]).view(-1, 4)
+        # a sum of weighted rows without a copy of them
+        values = F.embedding_bag(cells, self.rows, per_sample_weights=weights, mode="sum")
+        return values.unflatten(0, points.shape[:2])
+
+
+def _place(points: Tensor, size: Tensor | int) -> Tensor:
+    """Return where relative points lie, in cells; the centre of cell j is j.
+
+    Rounded as ``grid_sample`` rounds, the last product and sum at once: where features change
+    steeply, other roundings are seen in the result.
+    """
+    return ((2 * points - 1 + 1).double() * (size / 2) - 0.5).float()
+
+
+def cell_weights(points: Tensor, side: int) -> Tensor:
+    """Return the weights with which ``sample_points`` reads the cells of a square map.
 
     Args:
-        levels: (1, C_l, H_l, W_l) maps of one image.
-        strides: image pixels per cell of each of them.
-        points: (R, P, 2) float32, image pixels.
+        points: (R, P, 2) points relative to the whole map.
+        side: S of the map.
 
     Returns:
-        (R, sum of C_l, P) float32, not necessarily contiguous.
+        (R, P, S * S) float32, at most four of them not zero.
     """
-    sampled = [
-        # a lookup of all regions at once: one map, R x P places
-        sample_points(level, (points / _extent(level, stride))[None])[0].transpose(0, 1)
-        for level, stride in zip(levels, strides, strict=True)
-    ]
-    return sampled[0] if len(sampled) == 1 else torch.cat(sampled, dim=1)
-
-
-def _extent(level: Tensor, stride: int) -> Tensor:
-    """Return (width, height) of a map, padding included, in image pixels; also under tracing."""
-    # The sizes are traced as tensors, which torch.tensor would turn into constants.
-    sizes = [torch.as_tensor(level.shape[axis], dtype=torch.float32) for axis in (3, 2)]
-    return torch.stack(sizes).to(level.device) * stride
+    place = _place(points.float(), side)
+    cells = torch.arange(side, device=points.device, dtype=torch.float32)
+    columns, rows = (1 - (place[..., None] - cells).abs()).clamp(min=0).unbind(dim=2)
+    return (rows[..., :, None] * columns[..., None, :]).flatten(2)
 
 
 def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:

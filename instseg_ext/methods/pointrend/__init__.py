@@ -1,5 +1,6 @@
 """PointRend: masks rendered point by point where they are uncertain (arXiv:1912.08193)."""
 
+from instseg_ext.data import SemanticDatasetMapper
 from instseg_ext.method import Method
 from instseg_ext.methods.pointrend import implicit as _implicit  # noqa: F401  registers the head
 from instseg_ext.methods.pointrend import mask_head as _mask_head  # noqa: F401  registers the head
@@ -25,4 +26,5 @@ SEMANTIC_METHOD = Method(
     add_config=add_pointrend_config,
     meta_architectures=("InstSegSemanticSegmentor", "SemanticSegmentor"),
     class_count_keys=("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "MODEL.POINT_HEAD.NUM_CLASSES"),
+    build_mapper=SemanticDatasetMapper,
 )

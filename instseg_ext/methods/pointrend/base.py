@@ -7,7 +7,7 @@ a map, F channels of all maps that are read at points.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -15,11 +15,14 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from instseg_ext.layers.mask_ops import chunk_slices, masks_per_chunk
-from instseg_ext.layers.point_sample import grid_points, points_in_boxes, sample_levels
+from instseg_ext.layers.point_sample import PointMap, grid_points, points_in_boxes
 
-__all__ = ["CHUNK_MB", "PointMaskHead", "total_channels"]
+__all__ = ["CHUNK_MB", "Maps", "PointMaskHead", "places_of", "read_maps", "total_channels"]
 
 CHUNK_MB = 64
+
+Maps = Mapping[str, PointMap]
+"""The feature maps of one image by name."""
 
 
 class PointMaskHead(nn.Module, ABC):
@@ -56,25 +59,30 @@ class PointMaskHead(nn.Module, ABC):
         """Side of the predicted masks."""
 
     @abstractmethod
-    def values_per_region(self, features: Mapping[str, Tensor]) -> int:
+    def values_per_region(self, maps: Maps) -> int:
         """Return how many numbers one region needs at a time in inference."""
 
     @abstractmethod
-    def losses(
-        self, features: Mapping[str, Tensor], proposals: list[Instances]
-    ) -> dict[str, Tensor]:
+    def losses(self, images: Sequence[Maps], proposals: list[Instances]) -> dict[str, Tensor]:
         """Return the losses; zeros with gradients of zeros if no image has a region.
 
         Args:
-            features: see ``forward``, float32.
+            images: their feature maps.
             proposals: see ``forward``.
         """
 
     @abstractmethod
-    def predict_chunk(
-        self, features: Mapping[str, Tensor], boxes: Tensor, classes: Tensor
-    ) -> Tensor:
-        """Predict all regions at once; see ``predict``."""
+    def renderer(self, maps: Maps, num_regions: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Prepare the prediction of the regions of one image.
+
+        Args:
+            maps: its feature maps.
+            num_regions: R_i.
+
+        Returns:
+            What gives for the boxes (R', 4) and classes (R',) of some of them the probabilities
+            (R', 1, ``final_side``, ``final_side``).
+        """
 
     def forward(
         self, features: Mapping[str, Tensor], instances: list[Instances]
@@ -91,84 +99,85 @@ class PointMaskHead(nn.Module, ABC):
             The losses, or ``instances`` with ``pred_masks``: for their classes the probabilities
             (R_i, 1, ``final_side``, ``final_side``).
         """
-        features = {
-            name: features[name].float()
-            for name in dict.fromkeys((*self.region_features, *self.point_features))
-        }
+        images = [self.maps(features, number) for number in range(len(instances))]
         if self.training:
-            return self.losses(features, instances)
-        for number, instance in enumerate(instances):
-            instance.pred_masks = self.predict(
-                _one_image(features, number), instance.pred_boxes.tensor, instance.pred_classes
-            )
+            return self.losses(images, instances)
+        for maps, instance in zip(images, instances, strict=True):
+            boxes, classes = instance.pred_boxes.tensor, instance.pred_classes
+            instance.pred_masks = self.predict(maps, boxes, classes)
         return instances
 
-    def predict(self, features: Mapping[str, Tensor], boxes: Tensor, classes: Tensor) -> Tensor:
+    def maps(self, features: Mapping[str, Tensor], number: int) -> Maps:
+        """Lay out the maps of one image that this head reads.
+
+        Args:
+            features: see ``forward``.
+            number: of the image.
+        """
+        return {
+            name: PointMap.of(features[name][number : number + 1], self.strides[name])
+            for name in dict.fromkeys((*self.region_features, *self.point_features))
+        }
+
+    def predict(self, maps: Maps, boxes: Tensor, classes: Tensor) -> Tensor:
         """Return the masks of one image.
 
         Args:
-            features: maps (1, C, H, W) by name, float32.
+            maps: its feature maps.
             boxes: (R_i, 4) XYXY, network-input pixels.
             classes: (R_i,) int64.
 
         Returns:
             (R_i, 1, ``final_side``, ``final_side``) float32 probabilities.
         """
+        render = self.renderer(maps, boxes.shape[0])
         if torch.jit.is_tracing():
             # the number of chunks would become a constant
-            return self.predict_chunk(features, boxes, classes)
+            return render(boxes, classes)
         shape = (len(boxes), 1, self.final_side, self.final_side)
         masks = boxes.new_empty(shape, dtype=torch.float32)
-        size = masks_per_chunk(4 * self.values_per_region(features), self.chunk_mb)
+        size = masks_per_chunk(4 * self.values_per_region(maps), self.chunk_mb)
         for chunk in chunk_slices(len(boxes), size):
-            masks[chunk] = self.predict_chunk(features, boxes[chunk], classes[chunk])
+            masks[chunk] = render(boxes[chunk], classes[chunk])
         return masks
 
-    def pool(self, features: Mapping[str, Tensor], boxes: Tensor) -> Tensor:
-        """Read maps (1, C, H, W) of one image at a grid in each box; gives (R_i, F, S, S)."""
-        grid = grid_points(self.pooler_resolution, device=boxes.device)
-        return self._as_square(self.read(features, self.region_features, boxes, grid))
+    def pool(self, images: Sequence[Maps], boxes: Sequence[Tensor]) -> Tensor:
+        """Read maps at a grid in each box; gives (R, F, S, S).
 
-    def pool_batch(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Read maps (N, C, H, W) at a grid in each box of all images; gives (R, F, S, S)."""
-        grid = grid_points(self.pooler_resolution, device=boxes[0].device)
-        grid = grid.expand(sum(len(image_boxes) for image_boxes in boxes), -1, -1)
-        return self._as_square(self.read_batch(features, self.region_features, boxes, grid))
-
-    def _as_square(self, pooled: Tensor) -> Tensor:
+        Args:
+            images: the feature maps of each image.
+            boxes: (R_i, 4) of each image.
+        """
         side = self.pooler_resolution
-        return pooled.reshape(pooled.shape[0], pooled.shape[1], side, side)
-
-    def read(
-        self, features: Mapping[str, Tensor], names: Sequence[str], boxes: Tensor, points: Tensor
-    ) -> Tensor:
-        """Read maps (1, C, H, W) of one image at points of its boxes; gives (R_i, F, P)."""
-        return sample_levels(
-            [features[name] for name in names],
-            [self.strides[name] for name in names],
-            points_in_boxes(boxes, points),
-        )
-
-    def read_batch(
-        self,
-        features: Mapping[str, Tensor],
-        names: Sequence[str],
-        boxes: Sequence[Tensor],
-        points: Tensor,
-    ) -> Tensor:
-        """Read maps (N, C, H, W) at points (R, P, 2) of the boxes of all images; (R, F, P)."""
-        split = points.split([len(image_boxes) for image_boxes in boxes])
-        return torch.cat(
-            [
-                self.read(_one_image(features, number), names, *pair)
-                for number, pair in enumerate(zip(boxes, split, strict=True))
-            ]
-        )
+        grid = grid_points(side, device=boxes[0].device)
+        places = [points_in_boxes(image_boxes, grid) for image_boxes in boxes]
+        rows = read_maps(images, self.region_features, places)
+        return rows.unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
 
-def _one_image(features: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """Return the maps of one image, (1, C, H, W)."""
-    return {name: level[number : number + 1] for name, level in features.items()}
+def read_maps(images: Sequence[Maps], names: Sequence[str], places: Sequence[Tensor]) -> Tensor:
+    """Read the maps of images at points.
+
+    Args:
+        images: the feature maps of each image.
+        names: of those to read; their channels follow each other.
+        places: (R_i, P, 2) pixels, of each image.
+
+    Returns:
+        (R, P, F) float32.
+    """
+    return torch.cat(
+        [
+            torch.cat([maps[name].at(where) for name in names], dim=2)
+            for maps, where in zip(images, places, strict=True)
+        ]
+    )
+
+
+def places_of(boxes: Sequence[Tensor], points: Tensor) -> list[Tensor]:
+    """Return where points (R, P, 2) of the boxes (R_i, 4) of each image lie in it."""
+    split = points.split([image_boxes.shape[0] for image_boxes in boxes])
+    return [points_in_boxes(*pair) for pair in zip(boxes, split, strict=True)]
 
 
 def total_channels(

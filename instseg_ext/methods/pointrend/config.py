@@ -40,12 +40,13 @@ def add_pointrend_config(cfg: CN) -> None:
     _C.MODEL.POINT_HEAD = CN()
     # StandardPointHead, or ImplicitPointHead with MODEL.ROI_MASK_HEAD.NAME ImplicitPointRendHead.
     _C.MODEL.POINT_HEAD.NAME = "StandardPointHead"
-    # Foreground classes, equal to MODEL.ROI_HEADS.NUM_CLASSES.
+    # Foreground classes, equal to MODEL.ROI_HEADS.NUM_CLASSES. Semantic segmentation: all classes,
+    # equal to MODEL.SEM_SEG_HEAD.NUM_CLASSES.
     _C.MODEL.POINT_HEAD.NUM_CLASSES = 80
     # Feature maps whose values at the points the point head reads; each must be in
-    # MODEL.ROI_HEADS.IN_FEATURES.
+    # MODEL.ROI_HEADS.IN_FEATURES. Semantic segmentation: any of the backbone's.
     _C.MODEL.POINT_HEAD.IN_FEATURES = ("p2",)
-    # Points of each region during training; N in the paper.
+    # Points of each region (semantic segmentation: of each image) during training; N in the paper.
     _C.MODEL.POINT_HEAD.TRAIN_NUM_POINTS = 14 * 14
     # How training points are chosen (Sec. 3.1 of arXiv:1912.08193). importance: of k N random
     # points the beta N most uncertain ones, and (1 - beta) N random ones. uniform: N random ones.
@@ -58,7 +59,8 @@ def add_pointrend_config(cfg: CN) -> None:
     # beta of TRAIN_SAMPLING importance, in [0, 1]: 0.75 in the published models, 1.0 where the
     # paper calls it heavily biased.
     _C.MODEL.POINT_HEAD.IMPORTANCE_SAMPLE_RATIO = 0.75
-    # How often the side of the mask doubles during inference.
+    # How often the side of the mask, or of the label map, doubles during inference. A label map
+    # begins at MODEL.SEM_SEG_HEAD.COMMON_STRIDE: at stride 4, 2 is the most.
     _C.MODEL.POINT_HEAD.SUBDIVISION_STEPS = 5
     # Cells of the mask, the most uncertain ones, that are predicted anew after each doubling.
     # Doublings after which all cells would be are made before the first prediction. Implicit

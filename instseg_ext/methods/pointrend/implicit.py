@@ -7,7 +7,7 @@ classes, D hidden channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,15 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from instseg_ext.config import check_choice
-from instseg_ext.methods.pointrend.base import CHUNK_MB, PointMaskHead, total_channels
+from instseg_ext.layers.point_sample import points_in_boxes
+from instseg_ext.methods.pointrend.base import (
+    CHUNK_MB,
+    Maps,
+    PointMaskHead,
+    places_of,
+    read_maps,
+    total_channels,
+)
 from instseg_ext.methods.pointrend.coarse_head import CoarseHead
 from instseg_ext.methods.pointrend.mask_head import check_class_count, region_arguments
 from instseg_ext.methods.pointrend.point_head import stacked_product
@@ -212,9 +220,9 @@ class ImplicitPointRendHead(PointMaskHead):
         """Side of the predicted masks."""
         return self.subdivision.final_side
 
-    def values_per_region(self, features: Mapping[str, Tensor]) -> int:
+    def values_per_region(self, maps: Maps) -> int:
         """See ``PointMaskHead``."""
-        channels = sum(features[name].shape[1] for name in self.region_features)
+        channels = sum(maps[name].channels for name in self.region_features)
         hidden = 2 * self.point_head.layers[0][0]
         return max(
             channels * self.pooler_resolution**2,
@@ -222,35 +230,37 @@ class ImplicitPointRendHead(PointMaskHead):
             + (self.point_head.in_channels + hidden) * self.subdivision.most_points,
         )
 
-    def losses(
-        self, features: Mapping[str, Tensor], proposals: list[Instances]
-    ) -> dict[str, Tensor]:
+    def losses(self, images: Sequence[Maps], proposals: list[Instances]) -> dict[str, Tensor]:
         """Return ``loss_l2``, of the predicted parameters, and ``loss_mask_point``."""
         boxes = [proposal.proposal_boxes.tensor for proposal in proposals]
         classes = torch.cat([proposal.gt_classes for proposal in proposals])
-        parameters = self.parameter_head(self.pool_batch(features, boxes))
+        parameters = self.parameter_head(self.pool(images, boxes))
         # the mean of no parameters would not be a number
         squares = parameters.square().sum() / max(parameters.numel(), 1)
         points = torch.rand(classes.shape[0], self.num_train_points, 2, device=classes.device)
-        fine = None
-        if self.point_features:
-            fine = self.read_batch(features, self.point_features, boxes, points)
+        fine = self._fine(images, places_of(boxes, points))
         logits = self.point_head(fine, points, parameters, classes)
         return {
             "loss_l2": self.regularizer * squares,
             "loss_mask_point": point_loss(logits, point_labels(proposals, points)),
         }
 
-    def predict_chunk(
-        self, features: Mapping[str, Tensor], boxes: Tensor, classes: Tensor
-    ) -> Tensor:
+    def renderer(self, maps: Maps, num_regions: int) -> Callable[[Tensor, Tensor], Tensor]:
         """See ``PointMaskHead``."""
-        parameters = self.parameter_head(self.pool(features, boxes))
 
-        def logits_at(points: Tensor) -> Tensor:
-            fine = None
-            if self.point_features:
-                fine = self.read(features, self.point_features, boxes, points)
-            return self.point_head(fine, points, parameters, classes)
+        def render(boxes: Tensor, classes: Tensor) -> Tensor:
+            parameters = self.parameter_head(self.pool([maps], [boxes]))
 
-        return self.subdivision.render(logits_at, boxes).sigmoid()
+            def logits_at(points: Tensor) -> Tensor:
+                fine = self._fine([maps], [points_in_boxes(boxes, points)])
+                return self.point_head(fine, points, parameters, classes)
+
+            return self.subdivision.render(logits_at, boxes).sigmoid()
+
+        return render
+
+    def _fine(self, images: Sequence[Maps], places: Sequence[Tensor]) -> Tensor | None:
+        """Return the features (R, F, P) at points of images; None if they are not read."""
+        if not self.point_features:
+            return None
+        return read_maps(images, self.point_features, places).mT

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
@@ -14,8 +15,15 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from instseg_ext.config import check_choice
-from instseg_ext.layers.point_sample import sample_points
-from instseg_ext.methods.pointrend.base import CHUNK_MB, PointMaskHead, total_channels
+from instseg_ext.layers.point_sample import points_in_boxes
+from instseg_ext.methods.pointrend.base import (
+    CHUNK_MB,
+    Maps,
+    PointMaskHead,
+    places_of,
+    read_maps,
+    total_channels,
+)
 from instseg_ext.methods.pointrend.coarse_head import CoarseHead
 from instseg_ext.methods.pointrend.old_names import rename_old_names
 from instseg_ext.methods.pointrend.point_head import StandardPointHead
@@ -102,45 +110,70 @@ class PointRendHead(PointMaskHead):
             return self.subdivision.final_side
         return self.coarse_head.output_shape[-1]
 
-    def values_per_region(self, features: Mapping[str, Tensor]) -> int:
+    def values_per_region(self, maps: Maps) -> int:
         """See ``PointMaskHead``."""
-        channels = sum(features[name].shape[1] for name in self.region_features)
-        pooled = channels * self.pooler_resolution**2
+        pooled = sum(maps[name].channels for name in self.region_features)
+        pooled *= self.pooler_resolution**2
         if not self.point_head_on:
             return pooled
-        channels = sum(features[name].shape[1] for name in self.point_features)
-        channels += self.coarse_head.output_shape[0] + 2 * self.point_head.fc1.out_channels
+        num_classes, side, _ = self.coarse_head.output_shape
+        channels = sum(maps[name].channels for name in self.point_features)
+        channels += min(num_classes, side**2) + 2 * self.point_head.fc1.out_channels
         return max(pooled, channels * self.subdivision.most_points)
 
-    def losses(
-        self, features: Mapping[str, Tensor], proposals: list[Instances]
-    ) -> dict[str, Tensor]:
+    def losses(self, images: Sequence[Maps], proposals: list[Instances]) -> dict[str, Tensor]:
         """Return ``loss_mask`` and, with a point head, ``loss_mask_point``; see the base class."""
         boxes = [proposal.proposal_boxes.tensor for proposal in proposals]
-        coarse = self.coarse_head(self.pool_batch(features, boxes))
+        coarse = self.coarse_head(self.pool(images, boxes))
         losses = {"loss_mask": mask_rcnn_loss(coarse, proposals)}
         if not self.point_head_on:
             return losses
         classes = torch.cat([proposal.gt_classes for proposal in proposals])
         points = self.train_points.draw(class_channel(coarse.detach(), classes))
-        fine = self.read_batch(features, self.point_features, boxes, points)
-        logits = self.point_head(fine, sample_points(coarse, points), classes)
+        fine = read_maps(images, self.point_features, places_of(boxes, points))
+        first = F.linear(fine, self.point_head.first_weight)
+        terms = self.point_head.coarse_terms(coarse, classes)
+        logits = self.point_head(first, points, terms, classes)
         losses["loss_mask_point"] = point_loss(logits, point_labels(proposals, points))
         return losses
 
-    def predict_chunk(
-        self, features: Mapping[str, Tensor], boxes: Tensor, classes: Tensor
-    ) -> Tensor:
+    def renderer(self, maps: Maps, num_regions: int) -> Callable[[Tensor, Tensor], Tensor]:
         """See ``PointMaskHead``."""
-        coarse = self.coarse_head(self.pool(features, boxes))
-        if not self.point_head_on:
-            return class_channel(coarse, classes).sigmoid()
+        read = self._first_layer(maps, num_regions) if self.point_head_on else None
 
-        def logits_at(points: Tensor) -> Tensor:
-            fine = self.read(features, self.point_features, boxes, points)
-            return self.point_head(fine, sample_points(coarse, points), classes)
+        def render(boxes: Tensor, classes: Tensor) -> Tensor:
+            coarse = self.coarse_head(self.pool([maps], [boxes]))
+            if read is None:
+                return class_channel(coarse, classes).sigmoid()
+            terms = self.point_head.coarse_terms(coarse, classes)
 
-        return self.subdivision.render(logits_at, boxes).sigmoid()
+            def logits_at(points: Tensor) -> Tensor:
+                first = read(points_in_boxes(boxes, points))
+                return self.point_head(first, points, terms, classes)
+
+            return self.subdivision.render(logits_at, boxes).sigmoid()
+
+        return render
+
+    def _first_layer(self, maps: Maps, num_regions: int) -> Callable[[Tensor], Tensor]:
+        """Return what gives at points (R', P, 2) of the image the features, times their weights.
+
+        The weights are applied to the maps if these have fewer cells than there will be points.
+        """
+        weight, names = self.point_head.first_weight, self.point_features
+        num_points = num_regions * self.subdivision.total_points
+        cells = sum(maps[name].rows.shape[0] for name in names)
+        # a traced model must do for any number of regions
+        if torch.jit.is_tracing() or num_points < cells:
+            return lambda places: F.linear(read_maps([maps], names, [places]), weight)
+        parts = weight.split([maps[name].channels for name in names], dim=1)
+        products = [maps[name].times(part) for name, part in zip(names, parts, strict=True)]
+
+        def read(places: Tensor) -> Tensor:
+            first, *others = [product.at(places) for product in products]
+            return sum(others, start=first)
+
+        return read
 
 
 def region_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class Subdivision:
         """How many points of a region are predicted at once."""
         return max(self.side**2, self.num_points if self.steps else 0)
 
+    @property
+    def total_points(self) -> int:
+        """How many points of a region are predicted altogether."""
+        return self.side**2 + self.steps * self.num_points
+
     def render(self, predict: Callable[[Tensor], Tensor], boxes: Tensor) -> Tensor:
         """Render masks.
 
