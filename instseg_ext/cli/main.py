@@ -16,6 +16,7 @@ __all__ = ["build_parser", "main", "run_command"]
 _COMMANDS = (
     "instseg_ext.doctor",
     "instseg_ext.cli.train",
+    "instseg_ext.cli.train_alternating",
     "instseg_ext.cli.predict",
     "instseg_ext.cli.check_dataset",
     "instseg_ext.cli.check_model",

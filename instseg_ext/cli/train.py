@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
     from instseg_ext.method import Method
 
-__all__ = ["add_parser", "build_parser", "main", "run"]
+__all__ = [
+    "add_parser",
+    "add_training_arguments",
+    "build_parser",
+    "check_inputs",
+    "main",
+    "prepare",
+    "run",
+]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +46,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser)
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
+    parser.set_defaults(run=run)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that trains understands."""
     common.add_config_arguments(parser, weights=False)
     add = parser.add_argument
     add("--train-json", metavar="FILE", help="your training annotations (COCO format)")
@@ -50,7 +65,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start anew in an OUTPUT_DIR that holds another run's checkpoints",
     )
-    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
     add(
         "--dry-run",
         action="store_true",
@@ -75,17 +89,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="tcp://HOST:PORT of machine 0; needed with several machines",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check what is cheap to check, then train or evaluate in as many processes as asked for."""
-    from instseg_ext.engine import launch
+    from instseg_ext import engine
 
     cfg, _ = prepare(args)
     if os.environ.get("RANK", "0") == "0" and args.machine_rank == 0:
-        _check_inputs(cfg, args)
-    launch(
+        if not args.eval_only:
+            engine.check_output_dir(cfg.OUTPUT_DIR, args.resume, args.overwrite, cfg)
+        check_inputs(cfg, args)
+    engine.launch(
         _worker,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
@@ -164,11 +179,14 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Check that weights and data are there and, unless told not to, what the data hold.
+
+    Raises:
+        FileNotFoundError, ImportError, KeyError, ValueError: one sentence naming what is wrong.
+    """
     from instseg_ext import data, engine
 
-    if not args.eval_only:
-        engine.check_output_dir(cfg.OUTPUT_DIR, args.resume, args.overwrite, cfg)
     engine.check_weights(cfg, resume=args.resume)
     if args.skip_check:
         return

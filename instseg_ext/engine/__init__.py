@@ -1,5 +1,7 @@
 """Training: trainer, hooks, process launch, set-up of a run."""
 
+from instseg_ext.engine.alternating import train_alternating
+from instseg_ext.engine.alternating_record import check_alternating
 from instseg_ext.engine.defaults import DRY_RUN_IMAGES, DRY_RUN_ITERATIONS, apply_dry_run, setup
 from instseg_ext.engine.distributed import create_ddp_model
 from instseg_ext.engine.ema import ModelEma
@@ -16,6 +18,7 @@ __all__ = [
     "Trainer",
     "apply_dry_run",
     "build_optimizer",
+    "check_alternating",
     "check_output_dir",
     "check_resume",
     "check_weights",
@@ -25,4 +28,5 @@ __all__ = [
     "evaluate_checkpoint",
     "launch",
     "setup",
+    "train_alternating",
 ]

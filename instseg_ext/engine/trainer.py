@@ -60,6 +60,7 @@ class Trainer(TrainerBase):
         cfg: full config; copied.
         method: record of the configured method.
         eval_limit: images per evaluation, for dry runs; None = all.
+        train_limit: use only the first images of the training set; None = all.
         unsafe: see ``InstSegCheckpointer``.
 
     Attributes:
@@ -83,6 +84,7 @@ class Trainer(TrainerBase):
         method: Method,
         *,
         eval_limit: int | None = None,
+        train_limit: int | None = None,
         unsafe: bool = False,
     ) -> None:
         super().__init__()
@@ -95,13 +97,12 @@ class Trainer(TrainerBase):
         self.stop_reason = ""
         self.last_batch: list[dict] = []
         self.run_id = uuid.uuid4().hex
-        self._eval_limit = eval_limit
+        self._eval_limit, self._train_limit = eval_limit, train_limit
         self._set_seed(choose_seed(cfg.SEED))
 
         # Random initial weights follow from the seed, too, whatever was drawn before.
         seed_step(self.seed, 0, rank=0)
-        model = build_model(self.cfg)
-        model.train()
+        model = self.build_model()
         self.optimizer = optim.build_optimizer(self.cfg, model)
         self.scheduler = optim.build_scheduler(self.cfg, self.optimizer)
         logger.info("%s", optim.effective_lr_report(self.cfg, model))
@@ -178,6 +179,10 @@ class Trainer(TrainerBase):
             "config": self.cfg.dump(),
         }
 
+    def build_model(self) -> nn.Module:
+        """Build the model, in training mode; a subclass may train a part of it."""
+        return build_model(self.cfg).train()
+
     def build_train_loader(self) -> Iterable[list[dict]]:
         """Build the loader of micro-batches, starting at ``start_iter``."""
         build = self.method.build_mapper or data.build_mapper
@@ -186,6 +191,7 @@ class Trainer(TrainerBase):
             build(self.cfg, True),
             start_iteration=self.start_iter,
             seed=self.seed,
+            limit=self._train_limit,
         )
 
     # --- state -----------------------------------------------------------------------------------
