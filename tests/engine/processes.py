@@ -32,6 +32,6 @@ def start(*command, **env):
 def finish(*command, ok=True, **env):
     """Run ``python command...`` to its end and return its output."""
     process = start(*command, **env)
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=600)[0]
     assert (process.returncode == 0) == ok, output
     return output

@@ -44,7 +44,7 @@ def test_four_images_are_fitted_by_the_authors_recipe():
     cfg = instseg_ext.get_config(
         CONFIG,
         [
-            *sized(200, 64),
+            *sized(128, 64),
             "MODEL.DEVICE", "cpu",
             "MODEL.FPN.OUT_CHANNELS", 64,
             "MODEL.YOLACT.FREEZE_BN", "always",
@@ -53,13 +53,13 @@ def test_four_images_are_fitted_by_the_authors_recipe():
     )  # fmt: skip
     model = build_model(cfg).train()
     images = [
-        blobs(200, 200 + shift, [(12 + shift, 20, 80, 90), (100, 40 + shift, 180, 150)])
-        for shift in (0, 8, 16, 24)
+        blobs(128, 128 + shift, [(8 + shift, 12, 52, 58), (64, 26 + shift, 116, 96)])
+        for shift in (0, 5, 10, 15)
     ]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
     totals = []
-    for _ in range(300):
+    for _ in range(150):
         total = sum(model(images).values())
         optimizer.zero_grad()
         total.backward()
