@@ -153,11 +153,14 @@ def _follow_classes(cfg: CfgNode, method: Method, typed: frozenset[str], eval_on
     They then travel in the dumped config and the checkpoint.
     """
     from instseg_ext import data, zoo
+    from instseg_ext.data import foreign
 
     key = "TEST" if eval_only else "TRAIN"
     names = cfg.DATASETS[key]
     if not names:
         raise ValueError(f"DATASETS.{key} is empty; name a data set or give your own files.")
+    for name in (*names, *cfg.DATASETS.TEST):
+        foreign.require_packages(name)
     classes = data.dataset_classes(names[0])
     for other in (*names[1:], *(() if eval_only else cfg.DATASETS.TEST)):
         other_classes = data.dataset_classes(other)
@@ -186,13 +189,18 @@ def check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
         FileNotFoundError, ImportError, KeyError, ValueError: one sentence naming what is wrong.
     """
     from instseg_ext import data, engine
+    from instseg_ext.data import foreign
 
+    train_sets = () if args.eval_only else cfg.DATASETS.TRAIN
+    names = dict.fromkeys((*train_sets, *cfg.DATASETS.TEST))
+    for name in names:
+        data.ensure_files(name)
+        foreign.require_files(name)
     engine.check_weights(cfg, resume=args.resume)
     if args.skip_check:
         return
-    names = () if args.eval_only else cfg.DATASETS.TRAIN
-    for name in dict.fromkeys((*names, *cfg.DATASETS.TEST)):
-        data.cheap_check(name, training=name in names)
+    for name in names:
+        data.cheap_check(name, training=name in train_sets)
 
 
 def _worker(args: argparse.Namespace) -> None:

@@ -13,9 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from detectron2.data import MetadataCatalog
 from pycocotools import mask as mask_util
 
+from instseg_ext.data.check_keypoints import (
+    category_keypoint_problems,
+    keypoint_names,
+    keypoint_problems,
+)
 from instseg_ext.data.coco import paused_gc, read_json
+from instseg_ext.data.foreign import is_lvis, lvis_as_coco, lvis_problems
 from instseg_ext.data.registration import dataset_files, ensure_files
 from instseg_ext.data.segmentation import as_rle, clean_segmentation
 from instseg_ext.data.validity import box_mask_problem, box_problem, image_problem
@@ -110,14 +117,20 @@ class Report:
 
 
 def check_dataset(
-    json_file: str | os.PathLike, image_root: str | os.PathLike, *, decode: bool = True
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    *,
+    decode: bool = True,
+    lvis: bool | None = None,
 ) -> Report:
     """Check an annotation file and its images; nothing is changed.
 
     Args:
-        json_file: COCO-format annotations.
-        image_root: folder that the ``file_name`` entries are relative to.
+        json_file: COCO-format or LVIS-format annotations.
+        image_root: folder that the ``file_name`` entries, or the ends of ``coco_url``, are
+            relative to.
         decode: open every image and draw every mask; False only looks whether the images exist.
+        lvis: whether the file is read as an LVIS file; None decides by its images.
 
     Returns:
         the findings.
@@ -127,7 +140,7 @@ def check_dataset(
         CocoFormatError: if it is not a COCO dictionary at all.
     """
     with paused_gc():
-        return _check(json_file, image_root, decode)
+        return _check(json_file, image_root, decode, lvis)
 
 
 def cheap_check(name: str, *, training: bool = True) -> Report | None:
@@ -151,7 +164,8 @@ def cheap_check(name: str, *, training: bool = True) -> Report | None:
     if files is None:
         return None
     ensure_files(name)
-    report = check_dataset(*files, decode=False)
+    lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
+    report = check_dataset(*files, decode=False, lvis=lvis)
     remedy = f"instseg check-dataset {files[0]} {files[1]}"
     blocking = report.blocking(training)
     if blocking:
@@ -166,40 +180,65 @@ def cheap_check(name: str, *, training: bool = True) -> Report | None:
     return report
 
 
-def _check(json_file: str | os.PathLike, image_root: str | os.PathLike, decode: bool) -> Report:
+def _check(
+    json_file: str | os.PathLike, image_root: str | os.PathLike, decode: bool, lvis: bool | None
+) -> Report:
     content = read_json(json_file)
     report = Report(str(json_file), str(image_root))
+    if is_lvis(content) if lvis is None else lvis:
+        for problem, image_id in lvis_problems(content):
+            report.add("missing-key", "error", problem, image_id=image_id)
+        content = lvis_as_coco(content)
     report.num_images, report.num_annotations = len(content["images"]), len(content["annotations"])
     for key in ("info", "licenses"):
         if key not in content:
             report.add("missing-section", "warning", f"the file has no {key!r} section")
     category_names = _check_categories(content["categories"], report)
     report.num_classes = len(category_names)
+    for problem in category_keypoint_problems(content["categories"]):
+        report.add(*problem)
     images = _check_images(content["images"], report)
     _check_files(images, Path(image_root), report, decode)
-    usable = Counter()  # objects per category id that can be trained on
-    with_objects: set[object] = set()
-    seen: set[object] = set()
-    for annotation in content["annotations"]:
-        image = _check_references(annotation, images, category_names, seen, report)
-        if image is None:
-            continue
-        good = _check_geometry(annotation, image, report, decode)
-        if annotation.get("iscrowd", 0):
-            report.add("crowd", "note", "crowd region", **_where(annotation))
-        elif good:
-            usable[annotation["category_id"]] += 1
-            with_objects.add(annotation["image_id"])
+    usable = _check_annotations(content, images, category_names, report, decode)
+    with_instances = {category_id for category_id, _ in usable}
     for category_id, name in category_names.items():
-        if not usable[category_id]:
+        if category_id not in with_instances:
             message = f"class {name!r} (id {category_id}) has no usable instance"
             report.add("class-without-instances", "warning", message)
+    with_objects = {image_id for _, image_id in usable}
     for image_id, image in images.items():
         if image_id not in with_objects:
             report.add("image-without-objects", "note", "no object", **_image_at(image))
     if not usable:
         report.add("nothing-to-train", "error", "no annotation can be trained on")
     return report
+
+
+def _check_annotations(
+    content: dict,
+    images: dict[object, dict],
+    category_names: dict[object, str],
+    report: Report,
+    decode: bool,
+) -> set[tuple[object, object]]:
+    """Check all annotations; return category and image ids of those that can be trained on."""
+    usable: set[tuple[object, object]] = set()
+    seen: set[object] = set()
+    keypoints = keypoint_names(content["categories"])
+    for annotation in content["annotations"]:
+        image = _check_references(annotation, images, category_names, seen, report)
+        if image is None:
+            continue
+        size_hw = (image["height"], image["width"])
+        names = keypoints.get(annotation["category_id"], [])
+        for problem in keypoint_problems(annotation, names, size_hw):
+            report.add(*problem, **_where(annotation))
+        good = _check_geometry(annotation, size_hw, report, decode)
+        if annotation.get("iscrowd", 0):
+            report.add("crowd", "note", "crowd region", **_where(annotation))
+        elif good:
+            usable.add((annotation["category_id"], annotation["image_id"]))
+    return usable
 
 
 def _check_categories(categories: list, report: Report) -> dict[object, str]:
@@ -299,9 +338,10 @@ def _check_references(
     return image
 
 
-def _check_geometry(annotation: dict, image: dict, report: Report, decode: bool) -> bool:
+def _check_geometry(
+    annotation: dict, size_hw: tuple[int, int], report: Report, decode: bool
+) -> bool:
     """Check box and segmentation of one annotation; return whether it can be trained on."""
-    size_hw = (image["height"], image["width"])
     where = _where(annotation)
     box = annotation.get("bbox")
     bad_box = None if box is None else box_problem(box, size_hw)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from detectron2.data import transforms as T
 
-__all__ = ["declared_keypoints", "mirror_pairs", "transform_keypoints"]
+__all__ = ["declared_keypoints", "lonely_sides", "mirror_pairs", "transform_keypoints"]
 
 _SWAP = {"left": "right", "right": "left", "l": "r", "r": "l"}
 # The single letters count as sides only where they stand alone, as in "l_eye" and "eye-L".
@@ -53,10 +53,21 @@ def mirror_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     position = {name.lower(): index for index, name in enumerate(names)}
     pairs = []
     for index, name in enumerate(names):
-        other = position.get(_SIDE.sub(lambda side: _SWAP[side[0]], name.lower()), index)
+        other = position.get(_mirrored(name), index)
         if other > index:
             pairs.append((name, names[other]))
     return pairs
+
+
+def lonely_sides(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the names that say left or right without counterpart, and what that would be."""
+    known = {name.lower() for name in names}
+    return [(name, _mirrored(name)) for name in names if _mirrored(name) not in known]
+
+
+def _mirrored(name: str) -> str:
+    """Return a name in small letters with its sides exchanged."""
+    return _SIDE.sub(lambda side: _SWAP[side[0]], name.lower())
 
 
 def transform_keypoints(

@@ -11,7 +11,9 @@ from pathlib import Path
 from detectron2.data import detection_utils
 from pycocotools import mask as mask_util
 
+from instseg_ext.data.check_keypoints import keypoint_names, keypoint_problems
 from instseg_ext.data.coco import CocoFormatError, read_json
+from instseg_ext.data.foreign import is_lvis
 from instseg_ext.data.segmentation import as_rle, clean_segmentation
 from instseg_ext.data.validity import box_mask_problem, box_problem
 
@@ -38,14 +40,18 @@ def write_repaired(
 
     Raises:
         FileExistsError: if ``out_file`` exists and ``force`` is not given.
-        ValueError: if it is the input file itself, or nothing usable would remain.
+        ValueError: if it is the input file itself, the input is an LVIS file, or nothing usable
+            would remain.
     """
     out = Path(out_file)
     if out.exists() and out.samefile(json_file):
         raise ValueError(f"--fix {out} is the annotation file itself; name a new file.")
     if out.exists() and not force:
         raise FileExistsError(f"--fix {out} exists already; name another file or add --force.")
-    content, changes = repair(read_json(json_file), image_root)
+    content = read_json(json_file)
+    if is_lvis(content):
+        raise ValueError(f"{json_file} is an LVIS file; --fix mends COCO files.")
+    content, changes = repair(content, image_root)
     if not content["annotations"]:
         raise CocoFormatError(
             f"{json_file}: no annotation is usable, so there is nothing to write."
@@ -65,7 +71,8 @@ def repair(content: dict, image_root: str | os.PathLike) -> tuple[dict, Counter[
     Dropped: images that are missing, unreadable or share an id with an earlier one, their
     annotations, annotations of unknown images or categories, without a usable mask. Corrected:
     image sizes, missing keys, boxes that are wrong or missing, annotation ids used twice, bad
-    polygon parts.
+    polygon parts, the number of labelled keypoints. Keypoints that make no sense are taken away
+    from their annotation.
 
     Args:
         content: the parsed file; not modified.
@@ -83,10 +90,11 @@ def repair(content: dict, image_root: str | os.PathLike) -> tuple[dict, Counter[
     fixed["categories"] = _categories(content["categories"], changes)
     fixed["images"] = _images(content["images"], Path(image_root), changes)
     images = {image["id"]: image for image in fixed["images"]}
-    category_ids = {c["id"] for c in fixed["categories"]}
+    named = keypoint_names(fixed["categories"])
+    keypoints = {c["id"]: named.get(c["id"], []) for c in fixed["categories"]}
     annotations = []
     for annotation in content["annotations"]:
-        entry = _annotation(annotation, images, category_ids, changes)
+        entry = _annotation(annotation, images, keypoints, changes)
         if entry is not None:
             annotations.append(entry)
     _number(annotations, changes)
@@ -130,9 +138,9 @@ def _images(images: list, root: Path, changes: Counter[str]) -> list[dict]:
 
 
 def _annotation(
-    annotation: object, images: dict, category_ids: set, changes: Counter[str]
+    annotation: object, images: dict, keypoints: dict[object, list[str]], changes: Counter[str]
 ) -> dict | None:
-    if not isinstance(annotation, dict) or annotation.get("category_id") not in category_ids:
+    if not isinstance(annotation, dict) or annotation.get("category_id") not in keypoints:
         changes["annotation of an unknown category dropped"] += 1
         return None
     image = images.get(annotation.get("image_id"))
@@ -162,6 +170,19 @@ def _annotation(
     if "iscrowd" not in entry:
         entry["iscrowd"] = 0
         changes["iscrowd added"] += 1
+    return _keypoints(entry, keypoints[annotation["category_id"]], size_hw, changes)
+
+
+def _keypoints(
+    entry: dict, names: list[str], size_hw: tuple[int, int], changes: Counter[str]
+) -> dict:
+    kinds = {kind for kind, _, _ in keypoint_problems(entry, names, size_hw)}
+    if kinds & {"bad-keypoints", "bad-visibility"}:
+        changes["keypoints that make no sense dropped"] += 1
+        return {k: v for k, v in entry.items() if k not in ("keypoints", "num_keypoints")}
+    if "wrong-num-keypoints" in kinds:
+        entry["num_keypoints"] = sum(v > 0 for v in entry["keypoints"][2::3])
+        changes["number of keypoints corrected"] += 1
     return entry
 
 

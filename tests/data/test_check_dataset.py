@@ -1,6 +1,7 @@
 import argparse
 import json
 import logging
+import re
 
 import pytest
 from PIL import Image
@@ -172,6 +173,102 @@ def test_every_kind_of_damage_is_found_and_mended(name, write_coco, good_coco):
         assert expected[0] not in after.counts
     for record in load_coco(json_file, images)[0]:
         assert all(a["segmentation"] for a in record["annotations"])
+
+
+POINTS = ["top", "left_side", "right_side"]
+
+
+@pytest.fixture
+def posed(good_coco):
+    """The sound file with keypoints on the first dog."""
+    good_coco["categories"][0]["keypoints"] = list(POINTS)
+    good_coco["annotations"][0] |= {"keypoints": [4, 3, 2, 2, 5, 1, 0, 0, 0], "num_keypoints": 2}
+    return good_coco
+
+
+def test_sound_keypoints(write_coco, posed):
+    posed["annotations"][2]["keypoints"] = [0] * 9  # of a category without any
+    report = check_dataset(*write_coco(posed))
+    assert found(report) == set()
+    note = next(str(f) for f in report.findings if f.kind == "keypoint-pairs")
+    assert note.endswith("in a mirrored image: left_side/right_side")
+
+
+def _points(*values, count=2):
+    return _annotation(1, keypoints=list(values), num_keypoints=count)
+
+
+# what is done to a sound file with keypoints -> the kind found, where, and what is said
+KEYPOINT_DAMAGE = {
+    "too few numbers": (_points(4, 3, 2), "bad-keypoints", 1, "3 numbers for 3 keypoints"),
+    "text": (_points(*"431251000"), "bad-keypoints", 1, "no list of finite numbers"),
+    "not finite": (_points(*[float("nan")] * 9), "bad-keypoints", 1, "no list of finite numbers"),
+    "visibility": (_points(4, 3, 3, 2, 5, 1, 0, 0, 0), "bad-visibility", 1, "visibility 3 is not"),
+    "count": (
+        _points(4, 3, 2, 2, 5, 1, 0, 0, 0, count=3),
+        "wrong-num-keypoints",
+        1,
+        "num_keypoints is 3, labelled are 2",
+    ),
+    "no count": (_annotation(1, num_keypoints=None), "wrong-num-keypoints", 1, "is None"),
+    "outside": (
+        _points(4, 3, 2, 11.6, 5, 1, 0, 0, 0),
+        "keypoint-outside-image",
+        1,
+        r"left_side at \(11.6, 5\) is outside the 12 x 10 image",
+    ),
+    "no such keypoints": (
+        lambda c: c["categories"][0].pop("keypoints"),
+        "bad-keypoints",
+        1,
+        "9 numbers for 0 keypoints",
+    ),
+    "one side": (
+        lambda c: c["categories"][0].update(keypoints=["top", "left_side", "tail"]),
+        "keypoint-without-mirror",
+        None,
+        "'left_side' says a side and there is no 'right_side'",
+    ),
+    "twice": (
+        lambda c: c["categories"][0].update(keypoints=["top", "top", "tail"]),
+        "repeated-name",
+        None,
+        "2 keypoints of a category are called 'top'",
+    ),
+    "two lists": (
+        lambda c: c["categories"][1].update(keypoints=["nose"]),
+        "mixed-keypoints",
+        None,
+        "have different keypoints",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEYPOINT_DAMAGE)
+def test_damaged_keypoints_are_found_and_mended(name, write_coco, posed):
+    damage, kind, annotation_id, message = KEYPOINT_DAMAGE[name]
+    json_file, images = write_coco(posed)
+    damage(posed)
+    json_file.write_text(json.dumps(posed))
+    report = check_dataset(json_file, images, decode=False)
+    (finding,) = (f for f in report.findings if f.kind == kind)
+    assert finding.annotation_id == annotation_id
+    assert re.search(message, finding.message)
+    fixed, _ = repair(json.loads(json_file.read_text()), images)
+    json_file.write_text(json.dumps(fixed))
+    assert not check_dataset(json_file, images).errors
+    assert len(fixed["annotations"]) == 3
+
+
+def test_lvis_files_are_not_mended(write_coco, good_coco, tmp_path):
+    for image in good_coco["images"]:
+        image |= {"neg_category_ids": [], "coco_url": f"http://x/images/{image['file_name']}"}
+    json_file, _ = write_coco(good_coco)
+    with pytest.raises(ValueError, match="is an LVIS file; --fix mends COCO files"):
+        write_repaired(json_file, tmp_path, tmp_path / "out.json")
+    # the folder in coco_url counts
+    report = check_dataset(json_file, tmp_path)
+    assert {f.kind for f in report.errors} == {"missing-key"}  # no frequency
 
 
 def test_unreadable_image_is_named(write_coco, good_coco):
