@@ -251,6 +251,8 @@ class _Prediction:
     ) -> np.ndarray:
         from instseg_ext.visualization.draw import draw_instances
 
+        if self.predictor.semantic:  # a class has the same colour in every picture
+            ids = instances.pred_classes.numpy()
         masks = None
         if instances.has("pred_masks_rle"):
             masks = list(instances.pred_masks_rle)

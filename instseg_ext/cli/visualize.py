@@ -124,6 +124,11 @@ def _predictions(
     from instseg_ext.visualization import predictions
 
     name = _dataset_name(args, cfg)
+    if data.is_semantic(name):
+        raise ValueError(
+            f"Data set {name!r} holds label maps, and this picture compares instances; `instseg "
+            "predict` draws label maps."
+        )
     data.ensure_files(name)
     files = data.dataset_files(name)
     if files is None:

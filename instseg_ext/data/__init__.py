@@ -28,11 +28,13 @@ from instseg_ext.data.registration import (
     dataset_files,
     ensure_files,
     free_name,
+    is_semantic,
     parse_register_flag,
     register,
     register_bundled,
     register_from_config,
 )
+from instseg_ext.data.semantic import SemanticDatasetMapper, check_annotation_kind
 from instseg_ext.data.shapes import make_shapes
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "ProposalFile",
     "ProposalMapper",
     "Report",
+    "SemanticDatasetMapper",
     "TrainLoader",
     "add_data_config",
     "add_registrations",
@@ -51,11 +54,13 @@ __all__ = [
     "build_test_loader",
     "build_train_loader",
     "cheap_check",
+    "check_annotation_kind",
     "check_dataset",
     "dataset_classes",
     "dataset_files",
     "ensure_files",
     "free_name",
+    "is_semantic",
     "load_training_dicts",
     "make_shapes",
     "parse_register_flag",

@@ -21,6 +21,8 @@ from detectron2.utils import comm
 from torch.utils import data
 
 from instseg_ext.data.proposals import ProposalMapper, assign_proposals
+from instseg_ext.data.registration import is_semantic
+from instseg_ext.data.semantic import check_annotation_kind
 from instseg_ext.data.stream import BatchStream, EpochOrder, seeded, slice_batch
 
 __all__ = [
@@ -195,6 +197,7 @@ def build_train_loader(
         FileNotFoundError: if a file of proposals does not exist.
         ValueError: if a key has a value that is not allowed, or there is nothing to train on.
     """
+    check_annotation_kind(cfg.DATASETS.TRAIN, mapper)
     if cfg.MODEL.LOAD_PROPOSALS:
         sets = [training_dicts(cfg, [name], limit) for name in cfg.DATASETS.TRAIN]
         dicts = assign_proposals(sets, cfg.DATASETS.PROPOSAL_FILES_TRAIN)
@@ -221,7 +224,8 @@ def build_train_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),
-        group_by_aspect=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        # Loaders of label maps may not know the sizes.
+        group_by_aspect=cfg.DATALOADER.ASPECT_RATIO_GROUPING and all("width" in d for d in dicts),
         order=EpochOrder(len(dicts), seed, repeat_factors=repeat),
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
     )
@@ -256,7 +260,8 @@ def load_training_dicts(
     """Load and join training sets.
 
     Args:
-        names: registered data sets with the same classes.
+        names: registered data sets with the same classes, all of them with instances or all of them
+            with label maps; of the latter no image is left out.
         filter_empty: leave out images that have nothing but crowds.
         min_keypoints: leave out images with fewer labelled keypoints than this.
 
@@ -273,13 +278,17 @@ def load_training_dicts(
     dicts, classes = [], None
     for name in names:
         dicts += DatasetCatalog.get(name)
-        these = list(MetadataCatalog.get(name).thing_classes)
+        metadata = MetadataCatalog.get(name)
+        these = list(metadata.stuff_classes if is_semantic(name) else metadata.thing_classes)
         if classes is not None and these != classes:
             raise ValueError(
                 f"DATASETS.TRAIN: {name} has classes {these[:5]}, {names[0]} has {classes[:5]}; "
                 "data sets that are trained together need the same classes in the same order."
             )
         classes = these
+    if dicts and is_semantic(names[0]):
+        logger.info("Training on %d images with label maps of %d classes", len(dicts), len(classes))
+        return dicts
     total = len(dicts)
     if filter_empty:
         dicts = [d for d in dicts if any(not a.get("iscrowd", 0) for a in d["annotations"])]

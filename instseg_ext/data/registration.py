@@ -24,6 +24,7 @@ __all__ = [
     "dataset_files",
     "ensure_files",
     "free_name",
+    "is_semantic",
     "load_keypoint_metadata",
     "parse_register_flag",
     "register",
@@ -181,14 +182,19 @@ def ensure_files(name: str) -> None:
         generate_cached(name, _REGISTERED[name][0])
 
 
+def is_semantic(name: str) -> bool:
+    """Tell whether a data set holds label maps for semantic segmentation, by its evaluator."""
+    return str(MetadataCatalog.get(name).get("evaluator_type")).endswith("sem_seg")
+
+
 def dataset_classes(name: str) -> list[str]:
     """Return the class names of a data set in the order of the contiguous class indices.
 
     Read from the annotation file (its categories by ascending id), or from the metadata of data
-    sets that another package registered.
+    sets that another package registered; the names of label maps are ``stuff_classes``.
 
     Raises:
-        KeyError: if no data set has this name.
+        KeyError: if no data set has this name, or it has label maps without names.
         FileNotFoundError: if the annotation file is missing.
     """
     _require_known(name)
@@ -197,6 +203,13 @@ def dataset_classes(name: str) -> list[str]:
     if name in _REGISTERED:
         return [str(c["name"]) for c in read_categories(_REGISTERED[name][0])]
     metadata = MetadataCatalog.get(name)
+    if is_semantic(name):
+        if not metadata.get("stuff_classes"):
+            raise KeyError(
+                f"Data set {name!r} has no class names: set MetadataCatalog.get({name!r})"
+                ".stuff_classes."
+            )
+        return list(metadata.stuff_classes)
     if not hasattr(metadata, "thing_classes"):
         DatasetCatalog.get(name)
     return list(metadata.thing_classes)

@@ -10,7 +10,7 @@ from detectron2.utils import comm
 
 from instseg_ext.engine.distributed import unwrap
 from instseg_ext.evaluation import inference_mode
-from instseg_ext.visualization.data import draw_sample, sample_pixels
+from instseg_ext.visualization.data import draw_labels, draw_sample, sample_pixels
 from instseg_ext.visualization.draw import DrawStyle, draw_instances
 
 __all__ = ["PicturesHook"]
@@ -21,7 +21,7 @@ _SIDE = 256
 
 
 class PicturesHook(HookBase):
-    """Draws the first image of the batch with its ground truth and with the current detections.
+    """Draws the first image of the batch with its ground truth and with the current prediction.
 
     Only the main process draws. The weights are the trained ones, not their average.
 
@@ -47,16 +47,21 @@ class PicturesHook(HookBase):
         model = unwrap(self.trainer.model)
         with inference_mode(model, "bool"):
             outputs = model([{"image": sample["image"], "height": height, "width": width}])
-        found = outputs[0]["instances"].to("cpu")[:_MOST_DETECTIONS]
-        predicted = draw_instances(
-            sample_pixels(sample, self._format),
-            masks=found.pred_masks.numpy() if found.has("pred_masks") else None,
-            boxes=found.pred_boxes.tensor.numpy(),
-            classes=found.pred_classes.tolist(),
-            scores=found.scores.tolist(),
-            names=self._names,
-            style=DrawStyle(boxes=True, min_side=_SIDE),
-        )
+        pixels = sample_pixels(sample, self._format)
+        if "sem_seg" in sample:
+            labels = outputs[0]["sem_seg"].argmax(dim=0).cpu().numpy()
+            predicted = draw_labels(pixels, labels, self._names, min_side=_SIDE)
+        else:
+            found = outputs[0]["instances"].to("cpu")[:_MOST_DETECTIONS]
+            predicted = draw_instances(
+                pixels,
+                masks=found.pred_masks.numpy() if found.has("pred_masks") else None,
+                boxes=found.pred_boxes.tensor.numpy(),
+                classes=found.pred_classes.tolist(),
+                scores=found.scores.tolist(),
+                names=self._names,
+                style=DrawStyle(boxes=True, min_side=_SIDE),
+            )
         truth = draw_sample(sample, self._format, self._names)
         beside = np.concatenate([truth, predicted], axis=1)[:, :, ::-1]
         self.trainer.storage.put_image(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from instseg_ext.engine.standalone import class_count
 from instseg_ext.evaluation import inference_mode
 from instseg_ext.layers.mask_ops import RLEList
 from instseg_ext.method import Method
+from instseg_ext.modeling.semantic import label_regions
 
 __all__ = ["Predictor", "class_names", "lower_thresholds"]
 
@@ -82,6 +84,7 @@ class Predictor:
         cfg: the config it was built from, with lowered score bounds; a copy.
         model: in evaluation mode.
         names: class names, see ``class_names``.
+        semantic: the model predicts a label map.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class Predictor:
         self.names = class_names(cfg)
         self.model = build_model(self.cfg)
         self.model.eval()
+        self.semantic = hasattr(self.model, "sem_seg_head") and not hasattr(self.model, "roi_heads")
         if cfg.MODEL.WEIGHTS:
             checkpointer = InstSegCheckpointer(
                 self.model, num_classes=class_count(cfg, method), unsafe=unsafe
@@ -156,14 +160,15 @@ class Predictor:
 
         Returns:
             Per picture, its detections with ``scores >= threshold`` on the CPU, at the picture's
-            size.
+            size. A label map is given as the regions of its classes, see ``label_regions``.
         """
         with inference_mode(self.model, self.mask_output):
             outputs = self.model([self.to_input(image) for image in images_bgr])
-        return [self._kept(output["instances"]) for output in outputs]
+        return [self._kept(output) for output in outputs]
 
-    def _kept(self, instances: Instances) -> Instances:
-        instances = instances.to("cpu")
+    def _kept(self, output: Mapping[str, Any]) -> Instances:
+        found = label_regions(output["sem_seg"]) if self.semantic else output["instances"]
+        instances = found.to("cpu")
         if instances.has("pred_masks_rle"):  # a plain list cannot be indexed by a tensor
             instances.pred_masks_rle = RLEList(instances.pred_masks_rle)
         return (

@@ -51,7 +51,8 @@ def build_floor(model: nn.Module, batch: Sequence[Mapping[str, Any]]) -> Callabl
     """Make a function that runs the network parts of ``model`` once, on inputs fixed now.
 
     Dense models: ``backbone`` and ``head``. Two-stage models: one ordinary run records what the
-    backbone, the RPN's head and the ROI heads' parts are given, and these are run on that.
+    backbone, the RPN's head and the ROI heads' parts are given, and these are run on that. Likewise
+    the backbone and ``sem_seg_head`` of models of label maps.
 
     Args:
         model: in evaluation mode.
@@ -87,7 +88,8 @@ def _network_parts(model: nn.Module) -> list[nn.Module]:
     for name, child in getattr(model, "roi_heads", nn.Module()).named_children():
         if "pooler" not in name and any(True for _ in child.parameters()):
             parts += list(child) if isinstance(child, nn.ModuleList) else [child]
-    return parts
+    label_head = getattr(model, "sem_seg_head", None)
+    return parts if label_head is None else [*parts, label_head]
 
 
 def _record(
@@ -129,8 +131,8 @@ def measure_speed(
 
     Returns:
         What ``StageTimer.summary`` gives, and ``best_ms`` of the total, ``batch``, ``input_hw``,
-        ``parameters``, ``detections`` per image, and if asked for ``floor_ms`` (``median``,
-        ``best``) and ``ratio_to_floor`` (medians).
+        ``parameters``, ``detections`` per image (0 for label maps), and if asked for ``floor_ms``
+        (``median``, ``best``) and ``ratio_to_floor`` (medians).
     """
     timer = StageTimer(next(model.parameters()).device, warmup)
     floor_ms: list[float] = []
@@ -150,7 +152,7 @@ def measure_speed(
     result["batch"] = len(batch)
     result["input_hw"] = list(batch[0]["image"].shape[-2:])
     result["parameters"] = sum(p.numel() for p in model.parameters())
-    result["detections"] = float(np.mean([len(output["instances"]) for output in outputs]))
+    result["detections"] = float(np.mean([len(output.get("instances", ())) for output in outputs]))
     if floor_ms:
         kept = floor_ms[warmup:]
         result["floor_ms"] = {"median": float(np.median(kept)), "best": min(kept)}

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
+from instseg_ext.data.semantic import open_labels
 from instseg_ext.evaluation.coco import InstSegCOCOEvaluator
 
 __all__ = ["build_evaluator"]
@@ -81,7 +82,10 @@ def _lvis(dataset_name: str, output_dir: str | None) -> DatasetEvaluator:
 
 def _sem_seg(dataset_name: str, output_dir: str | None) -> DatasetEvaluator:
     evaluation = importlib.import_module("detectron2.evaluation")
-    return evaluation.SemSegEvaluator(dataset_name, distributed=True, output_dir=output_dir)
+    # detectron2's own reader does not work with numpy 2.
+    return evaluation.SemSegEvaluator(
+        dataset_name, distributed=True, output_dir=output_dir, sem_seg_loading_fn=open_labels
+    )
 
 
 def _cityscapes(class_name: str) -> Callable[[str, str | None], DatasetEvaluator]:

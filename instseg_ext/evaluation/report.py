@@ -22,7 +22,8 @@ __all__ = [
 ]
 
 RESULTS_NAME = "results.json"
-_CLASS_PREFIX = "AP-"
+# Of each class. Evaluators of label maps give further metrics of each, which are in the file only.
+_CLASS_PREFIXES = ("AP-", "IoU-")
 
 
 def null_for_nan(value: Any) -> Any:
@@ -90,10 +91,7 @@ def _cell(value: float | None) -> str:
 
 def metric_table(scores: Mapping[str, Mapping[str, float]]) -> str:
     """Lay out one row per task and one column per metric, without the per-class values."""
-    plain = {
-        task: {k: v for k, v in m.items() if not k.startswith(_CLASS_PREFIX)}
-        for task, m in scores.items()
-    }
+    plain = {task: {k: v for k, v in m.items() if "-" not in k} for task, m in scores.items()}
     columns = list(dict.fromkeys(name for metrics in plain.values() for name in metrics))
     rows = [
         [task, *(_cell(metrics.get(name)) for name in columns)] for task, metrics in plain.items()
@@ -102,21 +100,19 @@ def metric_table(scores: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def class_table(scores: Mapping[str, Mapping[str, float]], columns: int = 3) -> str:
-    """Lay out AP by class, one value per task, ``columns`` classes side by side; may be empty."""
-    tasks = [
-        task
+    """Lay out AP or IoU by class, one value per task, ``columns`` classes side by side.
+
+    It may be empty.
+    """
+    by_task = {
+        task: {k.partition("-")[2]: v for k, v in metrics.items() if k.startswith(_CLASS_PREFIXES)}
         for task, metrics in scores.items()
-        if any(k.startswith(_CLASS_PREFIX) for k in metrics)
-    ]
-    names = list(
-        dict.fromkeys(k for task in tasks for k in scores[task] if k.startswith(_CLASS_PREFIX))
-    )
+    }
+    tasks = [task for task, values in by_task.items() if values]
+    names = list(dict.fromkeys(name for task in tasks for name in by_task[task]))
     if not names:
         return ""
-    cells = [
-        [name.removeprefix(_CLASS_PREFIX), *(_cell(scores[task].get(name)) for task in tasks)]
-        for name in names
-    ]
+    cells = [[name, *(_cell(by_task[task].get(name)) for task in tasks)] for name in names]
     columns = min(columns, len(cells))
     depth = math.ceil(len(cells) / columns)
     blank = [""] * (len(tasks) + 1)

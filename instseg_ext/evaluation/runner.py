@@ -57,7 +57,8 @@ def evaluate(
         where there is nothing to measure against; empty inner dictionaries on other processes.
 
     Raises:
-        ValueError: if ``DATASETS.TEST`` is empty or a data set has no known evaluator.
+        ValueError: if ``DATASETS.TEST`` is empty, a data set has no known evaluator, or it does not
+            hold what the model predicts.
     """
     if len(cfg.DATASETS.TEST) == 0:
         raise ValueError(
@@ -74,6 +75,7 @@ def evaluate(
     mapper = (
         method.build_mapper(cfg, False) if method.build_mapper else data.build_mapper(cfg, False)
     )
+    data.check_annotation_kind(cfg.DATASETS.TEST, mapper)
     results: OrderedDict[str, dict[str, dict[str, float]]] = OrderedDict()
     for name in cfg.DATASETS.TEST:
         loader = data.build_test_loader(cfg, name, mapper, limit=limit)
@@ -166,7 +168,7 @@ def _log_scores(name: str, scores: Mapping[str, Mapping[str, float]]) -> None:
     logger.info("%s:\n%s", name, report.metric_table(scores))
     by_class = report.class_table(scores)
     if by_class:
-        logger.info("%s, AP by class:\n%s", name, by_class)
+        logger.info("%s by class:\n%s", name, by_class)
 
 
 def _finish(

@@ -23,11 +23,13 @@ def stage_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Find the modules whose run time makes up the stages ``backbone`` and ``head``.
 
     Dense models have ``head``; two-stage ones a proposal generator and ROI heads, which are counted
-    together. A model without such members has an empty list there, and its time is in ``post``.
+    together; models of label maps ``sem_seg_head``. A model without such members has an empty list
+    there, and its time is in ``post``.
     """
     head = [model.head] if hasattr(model, "head") else []
     if not head:
-        head = [getattr(model, name, None) for name in ("proposal_generator", "roi_heads")]
+        names = ("proposal_generator", "roi_heads", "sem_seg_head")
+        head = [getattr(model, name, None) for name in names]
     modules = {"backbone": [getattr(model, "backbone", None)], "head": head}
     return {
         stage: [m for m in found if isinstance(m, nn.Module)] for stage, found in modules.items()

@@ -72,7 +72,10 @@ def as_detectron2(cfg):
 
 
 def test_every_published_config_is_there():
-    assert set(PUBLISHED) == set(PROJECT.published)
+    """Label maps have a test file of their own."""
+    instances = {name for name in PROJECT.published if "semantic" not in name}
+    assert set(PUBLISHED) == instances
+    assert set(PROJECT.published) - instances == {"pointrend_semantic_R_101_FPN_1x_cityscapes"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

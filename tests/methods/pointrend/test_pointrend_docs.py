@@ -72,7 +72,8 @@ def test_every_short_key_exists():
 
 def test_every_published_file_names_a_config():
     """All but Implicit PointRend's have one."""
-    files = re.findall(r"\| `(\w+)/\d+/model_final_\w{6}\.pkl` \|", PROJECT.text)
+    pattern = r"\| `(?:Instance|Semantic)Segmentation/(\w+)/\d+/model_final_\w{6}\.pkl` \|"
+    files = re.findall(pattern, PROJECT.text)
     assert sorted(files) == [name for name in sorted(PROJECT.published) if "implicit" not in name]
 
 
