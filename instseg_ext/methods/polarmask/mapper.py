@@ -79,7 +79,8 @@ class PolarMaskMapper(InstSegDatasetMapper):
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         """Read what the shared mapper reads, and ``MODEL.POLARMASK``."""
         arguments = super().from_config(cfg, is_train)
-        del arguments["keep_crowd"]
+        # dense methods read no proposals
+        del arguments["keep_crowd"], arguments["proposal_topk"]
         node = cfg.MODEL.POLARMASK
         return {
             **arguments,

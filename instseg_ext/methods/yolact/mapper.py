@@ -58,7 +58,8 @@ class YOLACTMapper(InstSegDatasetMapper):
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         """Read what the shared mapper reads, and ``MODEL.YOLACT.MIN_BOX_SIZE``."""
         arguments = super().from_config(cfg, is_train)
-        del arguments["keep_crowd"]
+        # dense methods read no proposals
+        del arguments["keep_crowd"], arguments["proposal_topk"]
         return {**arguments, "min_box_size": cfg.MODEL.YOLACT.MIN_BOX_SIZE}
 
     def __call__(self, dataset_dict: dict) -> dict | None:
