@@ -19,6 +19,14 @@ SMALL = [
     "INSTSEG.AUGMENTATIONS.VERTICAL_FLIP", False,
     "SEED", 1,
 ]  # fmt: skip
+# Learning by heart needs little: a ResNet-50 of a quarter of the widths, at twice the rate, makes a
+# step in a third of the time of the configs' ResNet-18.
+NARROW = [
+    "MODEL.RESNETS.DEPTH", 50,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS", 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP", 16,
+    "SOLVER.BASE_LR", 0.002,
+]  # fmt: skip
 UNCHANGED = [
     "INPUT.RANDOM_FLIP", "none",
     "INSTSEG.AUGMENTATIONS.BRIGHTNESS", [],
@@ -44,7 +52,8 @@ def by_heart(config, name, tmp_path, opts):
     """Train on four images of twelve classes; return mask AP50 on them, right and swapped.
 
     In the swapped ground truth two classes have changed places. ``name`` is unique: registered data
-    sets stay for the whole process.
+    sets stay for the whole process. ``opts`` set the class count, the sizes (images have 96 pixels)
+    and widths; by default the ResNet is narrow and there are 150 iterations.
     """
     folder = tmp_path / "images"
     folder.mkdir()
@@ -54,7 +63,7 @@ def by_heart(config, name, tmp_path, opts):
     cfg, trainer = _train(
         config,
         tmp_path,
-        ["DATASETS.TRAIN", (known,), "SOLVER.MAX_ITER", 250, *UNCHANGED, *opts],
+        ["DATASETS.TRAIN", (known,), "SOLVER.MAX_ITER", 150, *NARROW, *UNCHANGED, *opts],
     )
     return tuple(_mask_metrics(cfg, trainer, n)["AP50"] for n in (known, swapped))
 
