@@ -128,6 +128,19 @@ def test_logits_of_odd_sizes_equal_detectron2(models):
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_head_works_within_detectron2s_segmentor(models):
+    """What a config file of detectron2 with one changed line gives."""
+    ours, _ = models
+    plain = build_model(config(*ALL_CELLS, "MODEL.META_ARCHITECTURE", "SemanticSegmentor"))
+    assert type(plain).__name__ == "SemanticSegmentor"
+    plain.load_state_dict(ours.state_dict())
+    assert set(plain.train()(batch())) == {"loss_sem_seg", "loss_sem_seg_point"}
+    plain.load_state_dict(ours.state_dict())  # training moves the statistics of batch norms
+    with torch.no_grad():
+        logits, expected = plain.eval()(batch())[0]["sem_seg"], ours.eval()(batch())[0]["sem_seg"]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_bfloat16_and_memory_format(models):
     ours, _ = models
     with torch.no_grad():
