@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, SemSegEvaluator
 
+from instseg_ext.data.foreign import require_packages
 from instseg_ext.data.semantic import open_labels
+from instseg_ext.evaluation.cityscapes import (
+    InstSegCityscapesEvaluator,
+    InstSegCityscapesSemSegEvaluator,
+)
 from instseg_ext.evaluation.coco import InstSegCOCOEvaluator
+from instseg_ext.evaluation.lvis import SeenLVISEvaluator
 
 __all__ = ["build_evaluator"]
 
 logger = logging.getLogger(__name__)
-
-# detectron2 main imports the Cityscapes scripts under the name they have in its owner's repository.
-_CITYSCAPES_ALIAS = "deeplearning.projects.cityscapesApi.cityscapesscripts"
 
 
 def build_evaluator(
@@ -40,8 +40,8 @@ def build_evaluator(
         method_hints: ``Method.evaluator_hints``; ``segm_score_field`` names the field that ranks
             masks.
         output_dir: folder for result files, or ``None``.
-        seen_images_only: see ``InstSegCOCOEvaluator``; other evaluators judge what they are given
-            anyway.
+        seen_images_only: judge the images that the evaluator is given instead of all of the data
+            set's.
 
     Returns:
         An evaluator, not yet reset.
@@ -66,7 +66,9 @@ def build_evaluator(
     if kind in _FOREIGN:
         if cfg.INSTSEG.BOUNDARY_AP:
             logger.warning("INSTSEG.BOUNDARY_AP has no effect on %s, type %s.", dataset_name, kind)
-        return _FOREIGN[kind](dataset_name, None if output_dir is None else str(output_dir))
+        require_packages(dataset_name)
+        folder = None if output_dir is None else str(output_dir)
+        return _FOREIGN[kind](dataset_name, folder, seen_images_only)
     known = ", ".join(sorted(["coco", "coco_panoptic_seg", *_FOREIGN]))
     raise ValueError(
         f"Data set {dataset_name!r} has evaluator type {kind!r}, known are {known}; "
@@ -74,72 +76,29 @@ def build_evaluator(
     )
 
 
-def _lvis(dataset_name: str, output_dir: str | None) -> DatasetEvaluator:
-    _need("lvis", "lvis", dataset_name)
-    evaluation = importlib.import_module("detectron2.evaluation")
-    return evaluation.LVISEvaluator(dataset_name, output_dir=output_dir)
+def _lvis(name: str, output_dir: str | None, seen_only: bool) -> DatasetEvaluator:
+    return (SeenLVISEvaluator if seen_only else LVISEvaluator)(name, output_dir=output_dir)
 
 
-def _sem_seg(dataset_name: str, output_dir: str | None) -> DatasetEvaluator:
-    evaluation = importlib.import_module("detectron2.evaluation")
+def _sem_seg(name: str, output_dir: str | None, _seen_only: bool) -> DatasetEvaluator:
     # detectron2's own reader does not work with numpy 2.
-    return evaluation.SemSegEvaluator(
-        dataset_name, distributed=True, output_dir=output_dir, sem_seg_loading_fn=open_labels
+    return SemSegEvaluator(
+        name, distributed=True, output_dir=output_dir, sem_seg_loading_fn=open_labels
     )
 
 
-def _cityscapes(class_name: str) -> Callable[[str, str | None], DatasetEvaluator]:
-    def build(dataset_name: str, _output_dir: str | None) -> DatasetEvaluator:
-        _need("cityscapesscripts", "cityscapesScripts", dataset_name)
-        _alias_cityscapes()
-        return getattr(importlib.import_module("detectron2.evaluation"), class_name)(dataset_name)
-
-    return build
+def _cityscapes(name: str, _output_dir: str | None, seen_only: bool) -> DatasetEvaluator:
+    return InstSegCityscapesEvaluator(name, seen_images_only=seen_only)
 
 
-_FOREIGN: dict[str, Callable[[str, str | None], Any]] = {
+def _cityscapes_semantic(name: str, _output_dir: str | None, seen_only: bool) -> DatasetEvaluator:
+    return InstSegCityscapesSemSegEvaluator(name, seen_images_only=seen_only)
+
+
+_FOREIGN: dict[str, Callable[[str, str | None, bool], DatasetEvaluator]] = {
     "lvis": _lvis,
     "sem_seg": _sem_seg,
-    "cityscapes": _cityscapes("CityscapesInstanceEvaluator"),
-    "cityscapes_instance": _cityscapes("CityscapesInstanceEvaluator"),
-    "cityscapes_sem_seg": _cityscapes("CityscapesSemSegEvaluator"),
+    "cityscapes": _cityscapes,
+    "cityscapes_instance": _cityscapes,
+    "cityscapes_sem_seg": _cityscapes_semantic,
 }
-
-
-def _need(module: str, package: str, dataset_name: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"Evaluating {dataset_name!r} needs the package {package}: pip install "
-            f"'instseg_ext[eval]' or {package}."
-        ) from error
-
-
-def _alias_cityscapes() -> None:
-    """Make the installed Cityscapes scripts importable under the name that detectron2 main uses."""
-    parents = _CITYSCAPES_ALIAS.split(".")
-    if _CITYSCAPES_ALIAS in sys.modules:
-        return
-    scripts = importlib.import_module("cityscapesscripts")
-    for depth in range(1, len(parents)):
-        # The parents need to exist as packages; where the real ones do, they are kept.
-        name = ".".join(parents[:depth])
-        sys.modules.setdefault(name, type(sys)(name))
-        if not hasattr(sys.modules[name], "__path__"):
-            sys.modules[name].__path__ = []
-    sys.modules[_CITYSCAPES_ALIAS] = scripts
-    for part in ("evaluation", "helpers"):
-        sys.modules[f"{_CITYSCAPES_ALIAS}.{part}"] = importlib.import_module(
-            f"cityscapesscripts.{part}"
-        )
-    leaf = (
-        "evaluation.evalInstanceLevelSemanticLabeling",
-        "evaluation.evalPixelLevelSemanticLabeling",
-        "helpers.labels",
-    )
-    for name in leaf:
-        sys.modules[f"{_CITYSCAPES_ALIAS}.{name}"] = importlib.import_module(
-            f"cityscapesscripts.{name}"
-        )
-    logger.info("Cityscapes scripts made known to detectron2 under its internal name.")

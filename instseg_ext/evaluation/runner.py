@@ -78,7 +78,6 @@ def evaluate(
     data.check_annotation_kind(cfg.DATASETS.TEST, mapper)
     results: OrderedDict[str, dict[str, dict[str, float]]] = OrderedDict()
     for name in cfg.DATASETS.TEST:
-        loader = data.build_test_loader(cfg, name, mapper, limit=limit)
         evaluator = build_evaluator(
             cfg,
             name,
@@ -86,6 +85,7 @@ def evaluate(
             folder / "inference" / name,
             seen_images_only=limit is not None,
         )
+        loader = data.build_test_loader(cfg, name, mapper, limit=limit)
         run_inference(model, loader, evaluator, timer, description=name)
         results[name] = evaluator.evaluate() or {}
         _log_scores(name, results[name])

@@ -216,7 +216,7 @@ def test_odd_instances():
         instances_to_results(_instances(**half), 4, [11])
 
 
-def test_evaluator_is_chosen_by_metadata(name, tmp_path, register_dataset):
+def test_evaluator_is_chosen_by_metadata(name, tmp_path, register_dataset, monkeypatch):
     cfg = get_cfg()
     instseg_ext.add_instseg_config(cfg)
     assert isinstance(build_evaluator(cfg, name, {}, None), InstSegCOCOEvaluator)
@@ -227,7 +227,8 @@ def test_evaluator_is_chosen_by_metadata(name, tmp_path, register_dataset):
         odd = register_dataset(tmp_path / "annotations.json", kind)
         with pytest.raises(ValueError, match=message):
             build_evaluator(cfg, odd, {}, None)
-    for kind, package in {"lvis": "lvis", "cityscapes_instance": "cityscapesScripts"}.items():
+    for kind, package in {"lvis": "lvis", "cityscapes_sem_seg": "cityscapesScripts"}.items():
+        monkeypatch.setitem(sys.modules, package.lower(), None)
         odd = register_dataset(tmp_path / "annotations.json", kind)
         with pytest.raises(ImportError, match=f"{odd}.*{package}"):
             build_evaluator(cfg, odd, {}, None)
@@ -261,13 +262,14 @@ def cityscapes_scripts(tmp_path, monkeypatch):
         path = tmp_path / "site" / "cityscapesscripts" / folder
         path.mkdir(parents=True)
         for module in ("__init__", *modules):
-            (path / f"{module}.py").write_text("")
+            (path / f"{module}.py").write_text("import numpy as np\n")
     (path.parent / "__init__.py").write_text("")
+    (tmp_path / "site" / "shapely.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path / "site")
     before = dict(sys.modules)
     yield
     for module in set(sys.modules) - set(before):
-        if module.startswith(("cityscapesscripts", "deeplearning")):
+        if module.startswith(("cityscapesscripts", "deeplearning", "shapely")):
             del sys.modules[module]
 
 
