@@ -175,6 +175,10 @@ class InstSegCheckpointer(DetectionCheckpointer):
         if self._resuming and train_weights is not None:
             averaged_weights, checkpoint["model"] = checkpoint["model"], train_weights
         checkpoint["model"] = _without_prefix(checkpoint["model"])
+        for name, module in self.model.named_modules():
+            # Modules whose parameters once had other names; classes are counted by the new ones.
+            if hasattr(module, "rename_old_names"):
+                module.rename_old_names(checkpoint["model"], f"{name}." if name else "")
         if not checkpoint.get("matching_heuristics", False):
             # With heuristics the names are not the model's yet; detectron2 compares shapes itself.
             names = (checkpoint.get("instseg_ext") or {}).get("class_names")

@@ -15,8 +15,9 @@ def split_class_mismatch(
     """Split shape mismatches into those that one other class count explains, and the rest.
 
     A size counts classes if it is m * (K + b) with an integer m >= 1 (anchors, box coordinates,
-    grid cells) and b = 1 where there is a background class, else 0. All tensors must agree on the
-    file's K.
+    grid cells) and b = 1 where there is a background class, else 0. A size n + K, of a layer that
+    reads the logits of all classes beside n other values, counts them if another tensor does
+    outright. All tensors must agree on the file's K.
 
     Args:
         misfits: name to (shape in the file, shape in the model).
@@ -25,22 +26,46 @@ def split_class_mismatch(
     Returns:
         The mismatches that count classes, and the others.
     """
-    sizes = {}
-    for key, (found, wanted) in misfits.items():
-        differing = [
-            i for i, pair in enumerate(zip(found, wanted, strict=False)) if len({*pair}) > 1
-        ]
-        if len(found) == len(wanted) and len(differing) == 1:
-            sizes[key] = (found[differing[0]], wanted[differing[0]])
-    if num_classes is not None and sizes:
-        # Every candidate class count of the file, by tensor; one must suit them all.
-        candidates = {key: _file_classes(*pair, num_classes) for key, pair in sizes.items()}
-        explained = [c for c in candidates.values() if c]
-        common = set.intersection(*explained) if explained else set()
-        sizes = {key: pair for key, pair in sizes.items() if candidates[key] & common}
-    by_classes = {key: misfits[key] for key in misfits if key in sizes}
-    others = {key: misfits[key] for key in misfits if key not in sizes}
+    sizes = {
+        key: [(a, b) for a, b in zip(found, wanted, strict=True) if a != b]
+        for key, (found, wanted) in misfits.items()
+        if len(found) == len(wanted)
+    }
+    if num_classes is None:
+        counting = {key for key, pairs in sizes.items() if len(pairs) == 1}
+    else:
+        counting = _counting(sizes, num_classes)
+    by_classes = {key: misfits[key] for key in misfits if key in counting}
+    others = {key: misfits[key] for key in misfits if key not in counting}
     return by_classes, others
+
+
+def _counting(sizes: Mapping[str, list[tuple[int, int]]], num_classes: int) -> set[str]:
+    """Return the tensors whose differing sizes one class count of the file explains."""
+    # Class counts of the file that explain a tensor outright, and all that may explain it.
+    outright = {
+        key: _file_classes(*pairs[0], num_classes)
+        for key, pairs in sizes.items()
+        if len(pairs) == 1
+    }
+    possible = {
+        key: set.intersection(
+            *(_file_classes(*pair, num_classes) | _beside(*pair, num_classes) for pair in pairs)
+        )
+        for key, pairs in sizes.items()
+    }
+    explained = [key for key, counts in outright.items() if counts]
+    if not explained:
+        return set()
+    common = set.intersection(*(possible[key] for key in explained))
+    common &= set.union(*(outright[key] for key in explained))
+    return {key for key, counts in possible.items() if counts & common}
+
+
+def _beside(found: int, wanted: int, num_classes: int) -> set[int]:
+    """Return the class count of the file if classes stand beside as many other values."""
+    others = wanted - num_classes
+    return {found - others} if 0 < others < found else set()
 
 
 def _file_classes(found: int, wanted: int, num_classes: int) -> set[int]:

@@ -1,26 +1,37 @@
-"""detectron2's own files: R-CNN models and the ImageNet weights of their backbones.
+"""detectron2's own files: R-CNN and PointRend models and the ImageNet weights of their backbones.
 
-Names stay as they are; only the ImageNet weights that came from Caffe2 have names of another
-style.
+Names stay as they are, but for those of the first PointRend models and of the ImageNet weights that
+came from Caffe2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from instseg_ext.checkpoint.detectron2_models import describe_model
 from instseg_ext.checkpoint.family import Family, Shapes, Variant, register_family
 from instseg_ext.checkpoint.keymap import COUNTERS, Drop, KeyMap, Rename
-from instseg_ext.checkpoint.resnet_rules import ResNetFacts, resnet_facts
+from instseg_ext.checkpoint.resnet_rules import resnet_facts
 
 __all__ = ["DETECTRON2"]
 
 _CLASSIFIER = "classifier of ImageNet"
 _COMPUTED = "values that the config gives"
 
+# The two heads of the first PointRend stood beside the mask head, and then its layers had other
+# names.
+_COARSE, _POINT = "roi_heads.mask_head.coarse_head.", "roi_heads.mask_head.point_head."
+_FIRST_POINTREND_RULES = (
+    Rename("roi_heads.mask_coarse_head.coarse_mask_fc{n}.{p*}", f"{_COARSE}fc{{n}}.{{p}}"),
+    Rename("roi_heads.mask_coarse_head.{p*}", f"{_COARSE}{{p}}"),
+    Rename("roi_heads.mask_point_head.{p*}", f"{_POINT}{{p}}"),
+    Rename(f"{_COARSE}coarse_mask_fc{{n}}.{{p*}}", f"{_COARSE}fc{{n}}.{{p}}"),
+)
 _MODEL_RULES = (
     Drop("pixel_{p:mean|std}", _COMPUTED),
     Drop("proposal_generator.anchor_generator.{p*}", _COMPUTED),
-    Rename("{part:backbone|proposal_generator|roi_heads}.{p*}", "{part}.{p}"),
+    *_FIRST_POINTREND_RULES,
+    Rename("{part:backbone|proposal_generator|roi_heads|sem_seg_head}.{p*}", "{part}.{p}"),
 )
 _BACKBONE_RULES = (
     Drop("stem.fc.{p*}", _CLASSIFIER),
@@ -53,23 +64,14 @@ _CAFFE2_RULES = (
         )
     ),
 )
-_NOTE = "detectron2's schedules cannot be told apart: all of them are this model."
-_RESNEXT_OPTS = (
-    *("MODEL.RESNETS.DEPTH", 101, "MODEL.RESNETS.NUM_GROUPS", 32),
-    *("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.STRIDE_IN_1X1", False),
-    *("MODEL.PIXEL_STD", [57.375, 57.12, 58.395]),
-)
-# What the model zoo's Mask R-CNNs with FPN change in the config of the smallest.
-_ZOO = {
-    ResNetFacts(50): (),
-    ResNetFacts(101): ("MODEL.RESNETS.DEPTH", 101),
-    ResNetFacts(101, 32, 8): _RESNEXT_OPTS,
-}
 
 
 def _claims(names: Collection[str]) -> bool:
     return (
-        any(name.startswith(("proposal_generator.", "roi_heads.")) for name in names)
+        any(
+            name.startswith(("proposal_generator.", "roi_heads.", "sem_seg_head."))
+            for name in names
+        )
         or "stem.conv1.weight" in names
         or "res2_0_branch2a_w" in names
     )
@@ -79,28 +81,13 @@ def _describe(shapes: Shapes) -> Variant:
     if "stem.conv1.weight" in shapes:
         facts = resnet_facts(shapes, "")
         return Variant(f"{facts.text} for ImageNet, without classifier", backbone_only=True)
-    facts = resnet_facts(shapes)
-    classifier = shapes.get("roi_heads.box_predictor.cls_score.bias")
-    parts = {
-        "mask head": "roi_heads.mask_head.predictor.weight" in shapes,
-        "FPN": "backbone.fpn_output2.weight" in shapes,
-        "box head of two layers": "roi_heads.box_head.fc2.weight" in shapes,
-    }
-    fits = facts in _ZOO and all(parts.values())
-    return Variant(
-        f"R-CNN, {facts.text}, {', '.join(part for part, there in parts.items() if there)}",
-        "MaskRCNN/mask_rcnn_R_50_FPN_1x" if fits else "",
-        _ZOO[facts] if fits else (),
-        (_NOTE,) if fits else (),
-        # The last class is the background.
-        classifier[0] - 1 if classifier else None,
-    )
+    return describe_model(shapes)
 
 
 DETECTRON2 = register_family(
     Family(
         name="detectron2",
-        summary="detectron2's model zoo",
+        summary="detectron2's model zoo and its PointRend project",
         key_map=KeyMap((COUNTERS, *_MODEL_RULES, *_BACKBONE_RULES, *_CAFFE2_RULES)),
         claims=_claims,
         describe=_describe,

@@ -323,11 +323,6 @@ def test_deeper_models_of_the_zoo_get_the_keys_that_differ(opts):
     assert model_shapes(instseg_ext.get_config(variant.config, variant.opts)) == shapes
 
 
-def test_a_faster_rcnn_has_no_config_here(mask_rcnn_shapes):
-    shapes = {k: v for k, v in mask_rcnn_shapes.items() if "mask_head" not in k}
-    assert find_family("detectron2").describe(shapes).config == ""
-
-
 @pytest.fixture(scope="module")
 def resnet_names(mask_rcnn_shapes):
     prefix = "backbone.bottom_up."
