@@ -10,7 +10,7 @@ from methods.pointrend.pointrend_heads import oracle, proposals
 from instseg_ext.layers.point_sample import grid_points, sample_points
 from instseg_ext.methods.pointrend.points import TrainPoints, class_channel, uncertain_cells
 from instseg_ext.methods.pointrend.subdivision import Subdivision
-from instseg_ext.methods.pointrend.targets import point_labels, point_loss
+from instseg_ext.methods.pointrend.targets import LOG_PERIOD, point_labels, point_loss
 from instseg_ext.structures.matched_masks import MatchedBitMasks
 
 
@@ -157,6 +157,10 @@ def test_loss_logs_accuracy(event_storage):
     loss = point_loss(logits, labels)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
     assert torch.equal(loss, expected)
+    # reading the value waits for the device, so it is not done in every iteration
+    assert "point/accuracy" not in event_storage.latest()
+    event_storage.iter = LOG_PERIOD - 1
+    point_loss(logits, labels)
     assert event_storage.latest()["point/accuracy"][0] == pytest.approx(0.75)
 
 
