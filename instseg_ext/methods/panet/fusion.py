@@ -1,8 +1,8 @@
 """Adaptive feature pooling: the first layer of a head on every level, and what fuses the levels.
 
-A layer is applied to the levels in one of two ways with equal results. In training one grouped
-convolution (or batched product) serves all, since the pooled features are kept for the gradients in
-any case. At inference one level follows the other and only the fused result stays.
+One level follows the other, so that at inference one pooled level is in memory at a time. A grouped
+convolution (or batched product) of all levels has the same result; on the CPU it takes longer, most
+of all with fully connected layers.
 
 Shapes: R regions, L levels, C channels, P x P cells.
 """
@@ -65,18 +65,7 @@ class LevelConvs(nn.ModuleList):
             TypeError: if the regions were pooled from one level each.
         """
         _check(regions)
-        if self.training:
-            return _fuse(self._apply_at_once(regions), self.fusion)
-        return _fuse_one_by_one(lambda i: self[i](regions.level(i)), len(self), self.fusion)
-
-    def _apply_at_once(self, regions: PooledRegions) -> Tensor:
-        """Return (R, L, C, P, P)."""
-        levels = torch.cat([regions.level(i) for i in range(len(self))], dim=1)
-        weight = torch.cat([conv.weight for conv in self])
-        bias = None if self[0].bias is None else torch.cat([conv.bias for conv in self])
-        out = F.conv2d(levels, weight, bias, padding=1, groups=len(self))
-        norms = None if self[0].norm is None else [conv.norm for conv in self]
-        return _normalise(out, norms).unflatten(1, (len(self), -1))
+        return _fuse(lambda i: self[i](regions.level(i)), len(self), self.fusion)
 
 
 class LevelLinears(nn.ModuleList):
@@ -107,22 +96,12 @@ class LevelLinears(nn.ModuleList):
             TypeError: if the regions were pooled from one level each.
         """
         _check(regions)
-        if self.training:
-            return _fuse(self._apply_at_once(regions, norms), self.fusion)
 
         def level(i: int) -> Tensor:
             norm = None if norms is None else norms[i]
             return normalise_vectors(self[i](regions.level(i).flatten(1)), norm)
 
-        return _fuse_one_by_one(level, len(self), self.fusion)
-
-    def _apply_at_once(self, regions: PooledRegions, norms: Sequence[nn.Module] | None) -> Tensor:
-        """Return (R, L, C)."""
-        levels = torch.stack([regions.level(i).flatten(1) for i in range(len(self))])
-        weight = torch.stack([layer.weight.t() for layer in self])
-        bias = torch.stack([layer.bias for layer in self])[:, None]
-        out = torch.baddbmm(bias, levels, weight).transpose(0, 1).flatten(1)
-        return _normalise(out[:, :, None, None], norms).flatten(1).unflatten(1, (len(self), -1))
+        return _fuse(level, len(self), self.fusion)
 
 
 def _check(regions: PooledRegions) -> None:
@@ -133,31 +112,16 @@ def _check(regions: PooledRegions) -> None:
         )
 
 
-def _normalise(x: Tensor, norms: Sequence[nn.Module] | None) -> Tensor:
-    """Apply each level's norm to its share of the channels of (R, L * C, P, P)."""
-    if norms is None:
-        return x
-    if all(isinstance(norm, nn.GroupNorm) for norm in norms):
-        weight = torch.cat([norm.weight for norm in norms])
-        bias = torch.cat([norm.bias for norm in norms])
-        groups = sum(norm.num_groups for norm in norms)
-        return F.group_norm(x, groups, weight, bias, norms[0].eps)
-    parts = zip(norms, x.chunk(len(norms), dim=1), strict=True)
-    return torch.cat([norm(part) for norm, part in parts], dim=1)
+def _fuse(level: Callable[[int], Tensor], num_levels: int, fusion: str) -> Tensor:
+    """Join levels that no ReLU has seen yet; returns (R, ...), not negative.
 
+    The largest of several ReLUs is the ReLU of the largest, so that one is enough. No name is bound
+    to a level, so that each is freed before the next one is made.
 
-def _fuse(x: Tensor, fusion: str) -> Tensor:
-    """Join the levels of (R, L, ...) that no ReLU has seen yet; returns (R, ...), not negative.
-
-    The largest of several ReLUs is the ReLU of the largest, so that one is enough.
-    """
-    return x.amax(dim=1).relu() if fusion == "max" else x.relu().sum(dim=1)
-
-
-def _fuse_one_by_one(level: Callable[[int], Tensor], num_levels: int, fusion: str) -> Tensor:
-    """Do what ``_fuse`` does, with ``level(i)`` giving one level (R, ...) at a time.
-
-    No name is bound to a level, so that each is freed before the next one is made.
+    Args:
+        level: gives level i, (R, ...).
+        num_levels: how many.
+        fusion: "max" or "sum".
     """
     if fusion == "max":
         fused = level(0)

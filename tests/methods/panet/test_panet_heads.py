@@ -111,7 +111,7 @@ def first_layer(head, pooled):
     return head.conv1(pooled) if hasattr(head, "conv1") else head.fc1(pooled, head.fc1_norm)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["running", "together"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("kind", [[], FC2], ids=["conv", "fc"])
 @pytest.mark.parametrize("norm", ["GN", "", "BN"])
 @pytest.mark.parametrize("fusion", ["max", "sum"])
