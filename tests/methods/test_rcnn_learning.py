@@ -1,0 +1,57 @@
+"""The two-stage methods learn four many-class images by heart."""
+
+import pytest
+from methods.learning import by_heart
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("all_cores")]
+
+CONFIGS = {
+    "mask_rcnn": "MaskRCNN/nuclei_mask_rcnn_R_18_FPN",
+    "panet": "PANet/nuclei_panet_R_18_FPN",
+}
+WIDTHS = {
+    "mask_rcnn": [],
+    # Every region on four levels: fewer and smaller ones.
+    "panet": [
+        "MODEL.ROI_BOX_HEAD.CONV_DIM", 32,
+        "MODEL.ROI_BOX_HEAD.NUM_CONV", 2,
+        "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 8,
+    ],
+}  # fmt: skip
+# Images of twelve objects need as many regions with one.
+HALF_WITH_OBJECTS = [
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION", 0.5,
+]  # fmt: skip
+
+
+def sized(side):
+    """Return options for images of this size, with few regions and the dense methods' optimizer."""
+    return [
+        "INPUT.MIN_SIZE_TRAIN", (side,),
+        "INPUT.MIN_SIZE_TEST", side,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200,
+        "MODEL.RPN.PRE_NMS_TOPK_TEST", 200,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN", 100,
+        "MODEL.RPN.POST_NMS_TOPK_TEST", 100,
+        "MODEL.ROI_BOX_HEAD.FC_DIM", 128,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM", 64,
+        "SOLVER.WEIGHT_DECAY", 0.01,
+        "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR",
+        "SOLVER.WARMUP_FACTOR", 0.01,
+        "INSTSEG.OPTIMIZER", "adamw",
+    ]  # fmt: skip
+
+
+@pytest.fixture(params=CONFIGS)
+def method(request):
+    return request.param
+
+
+def test_four_images_of_many_classes_by_heart(method, tmp_path):
+    opts = [*sized(96), *WIDTHS[method], *HALF_WITH_OBJECTS]
+    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", 12]
+    right, swapped = by_heart(CONFIGS[method], method, tmp_path, opts)
+    assert right >= 90
+    # Two of twelve classes are wrong: what the other ten give is left.
+    assert swapped < right - 10
