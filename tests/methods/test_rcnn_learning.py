@@ -1,16 +1,18 @@
-"""The two-stage methods learn four many-class images by heart."""
+"""The two-stage methods learn: three shapes on unseen images, four many-class images by heart."""
 
 import pytest
-from methods.learning import by_heart
+from methods.learning import by_heart, three_shapes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("all_cores")]
 
 CONFIGS = {
     "mask_rcnn": "MaskRCNN/nuclei_mask_rcnn_R_18_FPN",
+    "pointrend": "PointRend/nuclei_pointrend_R_18_FPN",
     "panet": "PANet/nuclei_panet_R_18_FPN",
 }
 WIDTHS = {
     "mask_rcnn": [],
+    "pointrend": ["MODEL.ROI_MASK_HEAD.FC_DIM", 128, "MODEL.POINT_HEAD.FC_DIM", 64],
     # Every region on four levels: fewer and smaller ones.
     "panet": [
         "MODEL.ROI_BOX_HEAD.CONV_DIM", 32,
@@ -43,14 +45,25 @@ def sized(side):
     ]  # fmt: skip
 
 
-@pytest.fixture(params=CONFIGS)
-def method(request):
-    return request.param
+def classes(method, number):
+    keys = ["MODEL.ROI_HEADS.NUM_CLASSES"]
+    if method == "pointrend":
+        keys.append("MODEL.POINT_HEAD.NUM_CLASSES")
+    return [item for key in keys for item in (key, number)]
 
 
+@pytest.mark.parametrize("method", ["pointrend", "mask_rcnn"])
+def test_three_shapes(method, tmp_path):
+    opts = [*sized(128), *WIDTHS[method], *classes(method, 3)]
+    opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32]
+    opts += ["SOLVER.BASE_LR", 0.001, "SOLVER.MAX_ITER", 250]
+    metrics = three_shapes(CONFIGS[method], tmp_path, opts)
+    assert metrics["AP50"] >= 60, metrics
+
+
+@pytest.mark.parametrize("method", CONFIGS)
 def test_four_images_of_many_classes_by_heart(method, tmp_path):
-    opts = [*sized(96), *WIDTHS[method], *HALF_WITH_OBJECTS]
-    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", 12]
+    opts = [*sized(96), *WIDTHS[method], *classes(method, 12), *HALF_WITH_OBJECTS]
     right, swapped = by_heart(CONFIGS[method], method, tmp_path, opts)
     assert right >= 90
     # Two of twelve classes are wrong: what the other ten give is left.
