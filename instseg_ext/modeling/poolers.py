@@ -9,6 +9,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from instseg_ext.layers.roi_align import RowROIAlign
 from instseg_ext.layers.roi_warp import ROIWarp
 
 __all__ = ["POOLER_KINDS", "RegionPooler", "build_pooler"]
@@ -44,6 +45,11 @@ class RegionPooler(ROIPooler):
             canonical_box_size=canonical_box_size,
             canonical_level=canonical_level,
         )
+        if kind in ("ROIAlign", "ROIAlignV2"):
+            self.level_poolers = nn.ModuleList(
+                RowROIAlign(self.output_size, scale, sampling_ratio, aligned=kind == "ROIAlignV2")
+                for scale in scales
+            )
         if kind == "ROIWarp":
             self.level_poolers = nn.ModuleList(
                 ROIWarp(self.output_size, scale, sampling_ratio or 2, quantize) for scale in scales

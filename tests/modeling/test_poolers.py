@@ -32,9 +32,13 @@ def boxes():
 def test_equals_detectron2(kind, ratio):
     ours = build_pooler(kind, 7, SCALES, ratio, canonical_box_size=56)
     theirs = ROIPooler(7, SCALES, ratio, kind, canonical_box_size=56)
-    assert torch.equal(ours(pyramid(), boxes()), theirs(pyramid(), boxes()))
+    # a fixed number of samples is summed in another order
+    error = 1e-5 if ratio else 0
+    pooled = ours(pyramid(), boxes())
+    assert torch.allclose(pooled, theirs(pyramid(), boxes()), rtol=0, atol=error)
     one = build_pooler(kind, 7, SCALES[:1], ratio)(pyramid()[:1], boxes())
-    assert torch.equal(one, ROIPooler(7, SCALES[:1], ratio, kind)(pyramid()[:1], boxes()))
+    expected = ROIPooler(7, SCALES[:1], ratio, kind)(pyramid()[:1], boxes())
+    assert torch.allclose(one, expected, rtol=0, atol=error)
 
 
 def test_warp_takes_each_box_from_its_level():
