@@ -129,10 +129,10 @@ def test_pooler_comparison_is_one_line(neck, kind):
     assert f"| `{kind}` |" in PROJECT.text
     heads = build(PROJECT.config(f"mask_rcnn_R_50_{neck}_1x", *line.split())).roi_heads
     poolers = [heads.pooler] if neck == "C4" else [heads.box_pooler, heads.mask_pooler]
-    wanted = "ROIAlign" if kind.startswith("ROIAlign") else kind
+    wanted = {"ROIAlign": "RowROIAlign", "ROIAlignV2": "RowROIAlign", "ROIPool": "RoIPool"}
     layers = [layer for pooler in poolers for layer in pooler.level_poolers]
-    assert {type(layer).__name__ for layer in layers} <= {wanted, wanted.replace("ROIP", "RoIP")}
-    if wanted == "ROIAlign":
+    assert {type(layer).__name__ for layer in layers} == {wanted.get(kind, kind)}
+    if kind.startswith("ROIAlign"):
         assert {layer.aligned for layer in layers} == {kind == "ROIAlignV2"}
 
 
