@@ -78,8 +78,8 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 class PointMap:
     """A feature map of one image, laid out for reading at points.
 
-    The channels of a cell lie side by side, so that a point costs four rows of memory. In
-    channels_last such a map is a view of the feature map.
+    The channels of a cell lie side by side, so that a point costs four rows of memory. In float32
+    and channels_last such a map is a view of the feature map.
 
     Attributes:
         rows: (H * W, C) float32, cell by cell, row by row.
@@ -97,7 +97,7 @@ class PointMap:
         # traced sizes are tensors, which torch.tensor would turn into constants
         width = torch.as_tensor(level.shape[3], dtype=torch.float32)
         height = torch.as_tensor(level.shape[2], dtype=torch.float32)
-        size = torch.stack([width, height]).to(level.device)
+        size = torch.stack([width, height]).to(level.device, non_blocking=True)
         return cls(level[0].float().permute(1, 2, 0).flatten(0, 1), size, stride)
 
     @property
@@ -123,7 +123,8 @@ class PointMap:
         share = torch.stack([low + 1 - place, place - low], dim=2)  # (R, P, low or high, x or y)
         index = torch.stack([low, low + 1], dim=2)
         share = share * ((index >= 0) & (index < self.size))
-        index = index.clamp(min=torch.zeros_like(self.size), max=self.size - 1).long()
+        # a point that is no number has weights that are none; its cells only have to exist
+        index = index.nan_to_num().clamp(min=torch.zeros_like(self.size), max=self.size - 1).long()
         columns, rows = index.unbind(dim=3)
         width = self.size[0].long()
         cells = (rows[..., :, None] * width + columns[..., None, :]).view(-1, 4)

@@ -86,6 +86,8 @@ class RowROIAlign(ROIAlign):
         place = place.clamp(min=0, max=limit - 1)
         lower = place.floor()
         share = place - lower
-        cells = torch.stack([lower, (lower + 1).clamp(max=limit - 1)], dim=2).long()
+        # a sample that is no number has weights that are none; its cells only have to exist
+        near = lower.nan_to_num()
+        cells = torch.stack([near, (near + 1).clamp(max=limit - 1)], dim=2).long()
         weights = torch.stack([1 - share, share], dim=2) * (inside / samples)[:, :, None]
         return cells.view(-1, bins, 2 * samples), weights.view(-1, bins, 2 * samples)

@@ -72,16 +72,17 @@ class PointMaskHead(nn.Module, ABC):
         """
 
     @abstractmethod
-    def renderer(self, maps: Maps, num_regions: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """Prepare the prediction of the regions of one image.
+    def renderer(self, maps: Maps, boxes: Tensor, classes: Tensor) -> Callable[[slice], Tensor]:
+        """Prepare the prediction of regions of one image.
 
         Args:
             maps: its feature maps.
-            num_regions: R_i.
+            boxes: see ``predict``.
+            classes: see ``predict``.
 
         Returns:
-            What gives for the boxes (R', 4) and classes (R',) of some of them the probabilities
-            (R', 1, ``final_side``, ``final_side``).
+            What gives for some of the regions, R', the probabilities (R', 1, ``final_side``,
+            ``final_side``).
         """
 
     def forward(
@@ -99,11 +100,13 @@ class PointMaskHead(nn.Module, ABC):
             The losses, or ``instances`` with ``pred_masks``: for their classes the probabilities
             (R_i, 1, ``final_side``, ``final_side``).
         """
-        images = [self.maps(features, number) for number in range(len(instances))]
         if self.training:
+            images = [self.maps(features, number) for number in range(len(instances))]
             return self.losses(images, instances)
-        for maps, instance in zip(images, instances, strict=True):
+        for number, instance in enumerate(instances):
             boxes, classes = instance.pred_boxes.tensor, instance.pred_classes
+            # one after the other: in half precision the maps are copies
+            maps = self.maps(features, number)
             instance.pred_masks = self.predict(maps, boxes, classes)
         return instances
 
@@ -130,15 +133,17 @@ class PointMaskHead(nn.Module, ABC):
         Returns:
             (R_i, 1, ``final_side``, ``final_side``) float32 probabilities.
         """
-        render = self.renderer(maps, boxes.shape[0])
         if torch.jit.is_tracing():
             # the number of chunks would become a constant
-            return render(boxes, classes)
+            return self.renderer(maps, boxes, classes)(slice(None))
         shape = (len(boxes), 1, self.final_side, self.final_side)
         masks = boxes.new_empty(shape, dtype=torch.float32)
+        if not len(boxes):
+            return masks
+        render = self.renderer(maps, boxes, classes)
         size = masks_per_chunk(4 * self.values_per_region(maps), self.chunk_mb)
         for chunk in chunk_slices(len(boxes), size):
-            masks[chunk] = render(boxes[chunk], classes[chunk])
+            masks[chunk] = render(chunk)
         return masks
 
     def pool(self, images: Sequence[Maps], boxes: Sequence[Tensor]) -> Tensor:

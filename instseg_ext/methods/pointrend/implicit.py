@@ -19,6 +19,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from instseg_ext.config import check_choice
+from instseg_ext.layers.mask_ops import chunk_slices
 from instseg_ext.layers.point_sample import points_in_boxes
 from instseg_ext.methods.pointrend.base import (
     CHUNK_MB,
@@ -31,12 +32,14 @@ from instseg_ext.methods.pointrend.base import (
 from instseg_ext.methods.pointrend.coarse_head import CoarseHead
 from instseg_ext.methods.pointrend.mask_head import check_class_count, region_arguments
 from instseg_ext.methods.pointrend.point_head import stacked_product
+from instseg_ext.methods.pointrend.points import TrainPoints
 from instseg_ext.methods.pointrend.subdivision import Subdivision
 from instseg_ext.methods.pointrend.targets import point_labels, point_loss
 
 __all__ = ["ImplicitPointHead", "ImplicitPointRendHead"]
 
 _FREQUENCIES = 128
+_REGIONS_AT_ONCE = 128  # whose predicted parameters are in memory: 145 MB with COCO's classes
 
 
 class ImplicitPointHead(nn.Module):
@@ -152,7 +155,7 @@ class ImplicitPointRendHead(PointMaskHead):
         region_features: Sequence[str],
         pooler_resolution: int = 14,
         point_features: Sequence[str] = (),
-        num_train_points: int,
+        train_points: TrainPoints,
         subdivision: Subdivision,
         regularizer: float,
         chunk_mb: float = CHUNK_MB,
@@ -167,7 +170,7 @@ class ImplicitPointRendHead(PointMaskHead):
             pooler_resolution: side of the grid at which it reads each region.
             point_features: names of the maps that the point head reads; none if it reads positions
                 alone.
-            num_train_points: P in training.
+            train_points: how training points are chosen; uniformly.
             subdivision: how masks are rendered.
             regularizer: weight of ``loss_l2``.
             chunk_mb: see ``PointMaskHead``.
@@ -181,7 +184,7 @@ class ImplicitPointRendHead(PointMaskHead):
         )
         self.point_head = point_head
         self.parameter_head = parameter_head
-        self.num_train_points = num_train_points
+        self.train_points = train_points
         self.subdivision = subdivision
         self.regularizer = regularizer
 
@@ -209,7 +212,7 @@ class ImplicitPointRendHead(PointMaskHead):
             "point_head": point_head,
             "parameter_head": CoarseHead.from_config(cfg, input_shape, (point_head.num_params,)),
             "point_features": names,
-            "num_train_points": node.TRAIN_NUM_POINTS,
+            "train_points": TrainPoints(node.TRAIN_NUM_POINTS, "uniform"),
             "subdivision": Subdivision.full(node.SUBDIVISION_STEPS, node.SUBDIVISION_NUM_POINTS),
             "regularizer": implicit.PARAMS_L2_REGULARIZER,
             **regions,
@@ -237,7 +240,7 @@ class ImplicitPointRendHead(PointMaskHead):
         parameters = self.parameter_head(self.pool(images, boxes))
         # the mean of no parameters would not be a number
         squares = parameters.square().sum() / max(parameters.numel(), 1)
-        points = torch.rand(classes.shape[0], self.num_train_points, 2, device=classes.device)
+        points = self.train_points.draw(parameters)  # uniform: only R and the device are read
         fine = self._fine(images, places_of(boxes, points))
         logits = self.point_head(fine, points, parameters, classes)
         return {
@@ -245,17 +248,27 @@ class ImplicitPointRendHead(PointMaskHead):
             "loss_mask_point": point_loss(logits, point_labels(proposals, points)),
         }
 
-    def renderer(self, maps: Maps, num_regions: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def predict(self, maps: Maps, boxes: Tensor, classes: Tensor) -> Tensor:
         """See ``PointMaskHead``."""
+        if torch.jit.is_tracing() or len(boxes) <= _REGIONS_AT_ONCE:
+            return super().predict(maps, boxes, classes)
+        masks = [
+            super(ImplicitPointRendHead, self).predict(maps, boxes[chunk], classes[chunk])
+            for chunk in chunk_slices(len(boxes), _REGIONS_AT_ONCE)
+        ]
+        return torch.cat(masks)
 
-        def render(boxes: Tensor, classes: Tensor) -> Tensor:
-            parameters = self.parameter_head(self.pool([maps], [boxes]))
+    def renderer(self, maps: Maps, boxes: Tensor, classes: Tensor) -> Callable[[slice], Tensor]:
+        """See ``PointMaskHead``."""
+        # of all regions at once: each use of the last layer reads its many weights
+        parameters = self.parameter_head(self.pool([maps], [boxes]))
 
+        def render(some: slice) -> Tensor:
             def logits_at(points: Tensor) -> Tensor:
-                fine = self._fine([maps], [points_in_boxes(boxes, points)])
-                return self.point_head(fine, points, parameters, classes)
+                fine = self._fine([maps], [points_in_boxes(boxes[some], points)])
+                return self.point_head(fine, points, parameters[some], classes[some])
 
-            return self.subdivision.render(logits_at, boxes).sigmoid()
+            return self.subdivision.render(logits_at, boxes[some]).sigmoid()
 
         return render
 

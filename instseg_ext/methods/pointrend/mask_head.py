@@ -103,6 +103,15 @@ class PointRendHead(PointMaskHead):
         coarse_head = CoarseHead.from_config(cfg, input_shape, shape)
         return {**arguments, "coarse_head": coarse_head, **regions}
 
+    def rename_old_names(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Rename in a state dict of the whole model; see the module ``old_names``.
+
+        Args:
+            state_dict: changed in place.
+            prefix: in front of the names of this head.
+        """
+        rename_old_names(self, state_dict, prefix.removesuffix("mask_head."))
+
     @property
     def final_side(self) -> int:
         """Side of the predicted masks."""
@@ -137,21 +146,21 @@ class PointRendHead(PointMaskHead):
         losses["loss_mask_point"] = point_loss(logits, point_labels(proposals, points))
         return losses
 
-    def renderer(self, maps: Maps, num_regions: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def renderer(self, maps: Maps, boxes: Tensor, classes: Tensor) -> Callable[[slice], Tensor]:
         """See ``PointMaskHead``."""
-        read = self._first_layer(maps, num_regions) if self.point_head_on else None
+        read = self._first_layer(maps, boxes.shape[0]) if self.point_head_on else None
 
-        def render(boxes: Tensor, classes: Tensor) -> Tensor:
-            coarse = self.coarse_head(self.pool([maps], [boxes]))
+        def render(some: slice) -> Tensor:
+            coarse = self.coarse_head(self.pool([maps], [boxes[some]]))
             if read is None:
-                return class_channel(coarse, classes).sigmoid()
-            terms = self.point_head.coarse_terms(coarse, classes)
+                return class_channel(coarse, classes[some]).sigmoid()
+            terms = self.point_head.coarse_terms(coarse, classes[some])
 
             def logits_at(points: Tensor) -> Tensor:
-                first = read(points_in_boxes(boxes, points))
-                return self.point_head(first, points, terms, classes)
+                first = read(points_in_boxes(boxes[some], points))
+                return self.point_head(first, points, terms, classes[some])
 
-            return self.subdivision.render(logits_at, boxes).sigmoid()
+            return self.subdivision.render(logits_at, boxes[some]).sigmoid()
 
         return render
 
@@ -228,7 +237,8 @@ def _point_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict
         "point_features": node.IN_FEATURES,
         "train_points": TrainPoints(
             node.TRAIN_NUM_POINTS,
-            node.TRAIN_SAMPLING,
+            # the key is not one of detectron2's, whose function may have made the node
+            node.get("TRAIN_SAMPLING", "importance"),
             node.OVERSAMPLE_RATIO,
             node.IMPORTANCE_SAMPLE_RATIO,
         ),

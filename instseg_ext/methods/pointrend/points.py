@@ -89,7 +89,8 @@ class TrainPoints:
         Args:
             logits: (R, C, H, W) coarse logits, of the class of each region unless ``margin`` says
                 otherwise. It must be the logits that are interpolated: halfway between -1 and 1
-                nothing is certain, though both cells are.
+                nothing is certain, though both cells are. Of other strategies they only tell
+                number and device.
             margin: from logits (R, C, P) to (R, P). A point is the more uncertain the nearer to
                 zero it is there.
 

@@ -24,10 +24,6 @@ class PointRendHeads(InstSegROIHeads):
         super().__init__(**kwargs)
         self.register_load_state_dict_pre_hook(rename_old_names)
 
-    def rename_old_names(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Rename in a state dict that has not been loaded yet; see the module ``old_names``."""
-        rename_old_names(self, state_dict, prefix)
-
     def loss_counts(self, sampled: list[Instances]) -> dict[str, int]:
         """See ``InstSegROIHeads.loss_counts``: no region has more points than another."""
         counts = super().loss_counts(sampled)

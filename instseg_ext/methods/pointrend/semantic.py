@@ -114,7 +114,8 @@ class PointRendSemanticHead(nn.Module):
             "point_features": node.IN_FEATURES,
             "train_points": TrainPoints(
                 node.TRAIN_NUM_POINTS,
-                node.TRAIN_SAMPLING,
+                # the key is not one of detectron2's, whose function may have made the node
+                node.get("TRAIN_SAMPLING", "importance"),
                 node.OVERSAMPLE_RATIO,
                 node.IMPORTANCE_SAMPLE_RATIO,
             ),

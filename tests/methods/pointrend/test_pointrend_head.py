@@ -157,6 +157,17 @@ def test_losses_gradients_and_masks_of_variants_equal_detectron2(keys):
         assert float(same.float().mean()) >= 0.9999
 
 
+def test_boxes_that_are_no_numbers_give_losses_that_are_none():
+    """As in detectron2's head; the trainer then says which images these were."""
+    ours, theirs = pair()
+    for bad in (float("nan"), float("inf")):
+        data = proposals()
+        data[0].proposal_boxes.tensor[1, 2] = bad
+        losses, expected = ours(features(), data), theirs(features(), data)
+        assert expected["loss_mask_point"].isnan()
+        assert all(loss.isnan() for loss in losses.values())
+
+
 def test_shared_masks_give_the_same_losses():
     head = spread(PointRendHead(config(), SHAPES))
     losses = []

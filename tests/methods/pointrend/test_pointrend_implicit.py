@@ -14,6 +14,7 @@ from methods.pointrend.pointrend_heads import (
     spread,
 )
 
+from instseg_ext.methods.pointrend import implicit
 from instseg_ext.methods.pointrend.implicit import ImplicitPointHead, ImplicitPointRendHead
 
 KEYS = {
@@ -59,6 +60,22 @@ def test_losses_gradients_and_masks_equal_detectron2(keys):
         assert 0 < float((b.pred_masks >= 0.5).float().mean()) < 1
 
 
+def test_chunks_do_not_matter_and_the_large_layer_runs_once(monkeypatch):
+    head = spread(ImplicitPointRendHead(config(**KEYS), SHAPES), 0.12).eval()
+    calls = []
+    head.parameter_head.register_forward_hook(lambda *_: calls.append(None))
+    with torch.no_grad():
+        whole = head(features(1), detections((7,)))[0].pred_masks
+        head.chunk_mb = 1e-3
+        chunked = head(features(1), detections((7,)))[0].pred_masks
+        assert len(calls) == 2
+        monkeypatch.setattr(implicit, "_REGIONS_AT_ONCE", 3)
+        several = head(features(1), detections((7,)))[0].pred_masks
+        assert len(calls) == 5
+    for masks in (chunked, several):
+        assert ((whole - masks).abs() <= 1e-5).float().mean() >= 0.999
+
+
 def test_published_sizes():
     head = ImplicitPointHead(256, num_classes=80)
     assert head.num_params == 283_472
@@ -96,6 +113,7 @@ def test_no_regions(counts):
     [
         ({"POINT_HEAD__NAME": "StandardPointHead"}, "MODEL.POINT_HEAD.NAME"),
         ({"POINT_HEAD__NUM_FC": 0}, "MODEL.POINT_HEAD.NUM_FC"),
+        ({"POINT_HEAD__TRAIN_NUM_POINTS": 0}, "MODEL.POINT_HEAD.TRAIN_NUM_POINTS"),
         ({"POINT_HEAD__SUBDIVISION_NUM_POINTS": 785}, "SUBDIVISION_NUM_POINTS, not 785"),
         (
             {

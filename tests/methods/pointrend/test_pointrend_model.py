@@ -10,6 +10,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from methods.pointrend.pointrend_heads import CLASSES, oracle
 
 import instseg_ext
+from instseg_ext.checkpoint.checkpointer import InstSegCheckpointer
 from instseg_ext.methods.pointrend import METHOD
 
 
@@ -109,7 +110,7 @@ def test_losses_equal_detectron2(models):
 
 
 @pytest.mark.parametrize("before", ["official", "moved", "renamed", "both"])
-def test_names_of_every_time_load(models, before):
+def test_names_of_every_time_load(models, before, tmp_path):
     _, theirs = models
     weights = theirs.state_dict()
 
@@ -126,6 +127,21 @@ def test_names_of_every_time_load(models, before):
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert all(torch.equal(value, weights[name]) for name, value in fresh.state_dict().items())
+
+    # detectron2's config file with one line changed has its ROI heads
+    cfg = config()
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    fresh = build_model(cfg)
+    torch.save({"model": {old(name): value for name, value in weights.items()}}, tmp_path / "m.pth")
+    InstSegCheckpointer(fresh).load(str(tmp_path / "m.pth"))
+    assert all(torch.equal(value, weights[name]) for name, value in fresh.state_dict().items())
+
+
+def test_detectron2s_keys_may_be_added_after_ours():
+    cfg = config()
+    oracle().add_pointrend_config(cfg)
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES, cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON = CLASSES, True
+    assert build_model(cfg).roi_heads.mask_head.train_points.strategy == "importance"
 
 
 def test_normaliser_counts_regions_for_all_mask_losses(models):
