@@ -167,7 +167,8 @@ def read_labels(dataset_dict: dict, num_classes: int, ignore_value: int) -> np.n
             f"0 to {num_classes - 1}, or {ignore_value} where pixels do not count "
             "(MODEL.SEM_SEG_HEAD.IGNORE_VALUE)."
         )
-    return labels.astype(np.uint8 if labels.max() < 256 else np.float32)
+    in_bytes = labels.min() >= 0 and labels.max() < 256
+    return labels.astype(np.uint8 if in_bytes else np.float32)
 
 
 def semantic_augmentations(cfg: CfgNode) -> list[T.Augmentation]:

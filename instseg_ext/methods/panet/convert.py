@@ -54,7 +54,16 @@ def _without_background_box(predictor: Tensor) -> Tensor:
 
 
 def _without_background_mask(predictor: Tensor) -> Tensor:
-    """Leave out the mask of the first class, which is never read; (K + 1, ...)."""
+    """Leave out the mask of the first class, which is never read; (K + 1, ...).
+
+    Raises:
+        ConversionError: if all classes share one mask.
+    """
+    if len(predictor) < 2:
+        raise ConversionError(
+            "Mask_Outs.classify has one mask for all classes (MRCNN.CLS_SPECIFIC_MASK False): such "
+            "models are not converted."
+        )
     return predictor[1:].contiguous()
 
 

@@ -74,8 +74,14 @@ def legacy_config(cfg: CfgNode) -> CfgNode:
     """Return a copy of the config that names the legacy parts.
 
     Raises:
-        ValueError: if the config stretches images or has other region heads than PANet's.
+        ValueError: if the config stretches images, has keypoints, or other region heads than
+            PANet's.
     """
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ValueError(
+            "MODEL.PANET.LEGACY_D1 is for boxes and masks, which the authors' weights have: set "
+            "MODEL.KEYPOINT_ON to False."
+        )
     if any(cfg.INSTSEG.STRETCH):
         raise ValueError(
             "MODEL.PANET.LEGACY_D1 needs images scaled by one factor: set INSTSEG.STRETCH to "
