@@ -52,11 +52,13 @@ def classes(method, number):
     return [item for key in keys for item in (key, number)]
 
 
-@pytest.mark.parametrize("method", ["pointrend", "mask_rcnn"])
-def test_three_shapes(method, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "iterations"), [("pointrend", 250), ("mask_rcnn", 250), ("panet", 300)]
+)
+def test_three_shapes(method, iterations, tmp_path):
     opts = [*sized(128), *WIDTHS[method], *classes(method, 3)]
     opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32]
-    opts += ["SOLVER.BASE_LR", 0.001, "SOLVER.MAX_ITER", 250]
+    opts += ["SOLVER.BASE_LR", 0.001, "SOLVER.MAX_ITER", iterations]
     metrics = three_shapes(CONFIGS[method], tmp_path, opts)
     assert metrics["AP50"] >= 60, metrics
 
