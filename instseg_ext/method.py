@@ -101,6 +101,8 @@ class Method:
         meta_architectures: registered META_ARCHITECTURE names that this method owns.
         components: ROI_HEADS, ROI_MASK_HEAD or PROPOSAL_GENERATOR names by which the method claims
             a two-stage model that another method's meta-architecture carries.
+        replaces: registered names of reference code whose config files work here, and what takes
+            their place.
         class_count_keys: config keys that hold the number of foreground classes.
         score_threshold_keys: config keys that keep low-scoring candidates out of the results. A
             command that wants lower scores lowers them; it never raises them, since that would
@@ -119,6 +121,7 @@ class Method:
     add_config: Callable[[Any], None]
     meta_architectures: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
+    replaces: Mapping[str, str] = field(default_factory=dict)
     class_count_keys: tuple[str, ...] = ()
     score_threshold_keys: tuple[str, ...] = ()
     build_mapper: Callable[[Any, bool], Callable[[dict], dict | None]] | None = None

@@ -11,6 +11,11 @@ from instseg_ext import compat
 compat.require_detectron2()
 
 from detectron2.config import CfgNode, get_cfg  # noqa: E402
+from detectron2.modeling import (  # noqa: E402
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
 
 from instseg_ext import checkpoint  # noqa: E402
 from instseg_ext import config as config_nodes  # noqa: E402
@@ -68,7 +73,8 @@ def load_config(name_or_path: str, opts: Sequence[object] = ()) -> tuple[CfgNode
     cfg.INSTSEG.CONFIG = cfg.INSTSEG.CONFIG or config_nodes.display_name(file)
     typed = config_nodes.merge_overrides(cfg, opts)
     config_nodes.resolve_device(cfg, typed)
-    # Both raise early on a value that no model could be built with.
+    # These raise early on a value that no model could be built with.
+    _check_names(cfg)
     method_of(cfg)
     config_nodes.resolve_precision(cfg)
     register_from_config(cfg)
@@ -104,6 +110,26 @@ def method_of(cfg: CfgNode) -> Method:
     }
     claims = [method for method in METHODS if parts & set(method.components)]
     return (claims or owners)[0]
+
+
+def _check_names(cfg: CfgNode) -> None:
+    """Say what replaces the parts of reference code that a config file may name.
+
+    Raises:
+        ValueError: if such a part is named and nobody has registered it.
+    """
+    replaces = {old: new for method in METHODS for old, new in method.replaces.items()}
+    for node, registry in (
+        ("ROI_HEADS", ROI_HEADS_REGISTRY),
+        ("ROI_MASK_HEAD", ROI_MASK_HEAD_REGISTRY),
+        ("SEM_SEG_HEAD", SEM_SEG_HEADS_REGISTRY),
+    ):
+        name = cfg.MODEL[node].NAME
+        if name in replaces and name not in registry:
+            raise ValueError(
+                f"MODEL.{node}.NAME {name} is not registered here: set it to {replaces[name]}, "
+                "which has the same keys and parameter names."
+            )
 
 
 def class_count(cfg: CfgNode) -> int:

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _targets(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Return the annotation files and image folders to check."""
     from instseg_ext.data import registration
+    from instseg_ext.data.foreign import require_files
 
     if args.json and not args.images:
         raise ValueError(
@@ -83,6 +84,7 @@ def _targets(args: argparse.Namespace) -> list[tuple[str, str]]:
         if entry["NAME"] not in names:
             names.append(entry["NAME"])
     for name in names:
+        require_files(name)
         files = registration.dataset_files(name)
         if files is None:
             raise ValueError(f"Data set {name!r} has no COCO-format files that could be checked.")

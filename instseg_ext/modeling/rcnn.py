@@ -315,6 +315,11 @@ def _with_pooler(
     node_name = f"ROI_{part.upper()}_HEAD"
     kind = cfg.MODEL[node_name].POOLER_TYPE
     if not kind:
+        if part == "box":
+            raise ValueError(
+                "MODEL.ROI_BOX_HEAD.POOLER_TYPE must name a pooler; only mask and keypoint heads "
+                "may read the maps themselves."
+            )
         return build(cfg, input_shape)
     known = cfg.clone()
     known.defrost()

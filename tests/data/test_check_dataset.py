@@ -381,6 +381,8 @@ def test_command(write_coco, good_coco, tmp_path, capsys):
     assert "without a usable mask dropped (1)" in capsys.readouterr().out
     assert run(fixed, images) == 0
     assert run("--dataset", "nuclei_val") == 0
+    with pytest.raises(FileNotFoundError, match=r"'lvis_v1_val' needs .*DETECTRON2_DATASETS"):
+        run("--dataset", "lvis_v1_val")
     for words, message in (
         ([], "Name a data set"),
         ([json_file], "image folder is missing"),

@@ -198,6 +198,13 @@ def test_copies_and_other_poolers():
     assert "RoIPool" in repr(model.roi_heads.mask_pooler)
 
 
+def test_the_box_head_needs_a_pooler():
+    cfg = config()
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = ""
+    with pytest.raises(ValueError, match=r"MODEL\.ROI_BOX_HEAD\.POOLER_TYPE must name a pooler"):
+        build_model(cfg)
+
+
 def detections(num, size, side=28):
     gen = torch.Generator().manual_seed(0)
     xy = torch.rand(num, 2, generator=gen) * torch.tensor([size[1], size[0]])

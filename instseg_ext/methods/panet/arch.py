@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList, Instances
+from torch import Tensor
 
 from instseg_ext.methods.panet.legacy import (
     Frame,
@@ -51,6 +52,19 @@ class PANetRCNN(InstSegRCNN):
     def _frame(self, item: dict, image_size: tuple[int, int]) -> Frame:
         """Return the frame of a loader dict's image, (H, W) at the scale of the network."""
         return Frame.of(image_size, output_size(item, image_size), self.max_size)
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """See ``InstSegRCNN.forward``.
+
+        Raises:
+            ValueError: in training with the authors' geometry.
+        """
+        if self.training and self.legacy:
+            raise ValueError(
+                "MODEL.PANET.LEGACY_D1 is for inference with the authors' weights; set it to False "
+                "to train."
+            )
+        return super().forward(batched_inputs)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, pad and batch; see ``InstSegRCNN.preprocess_image``."""

@@ -12,7 +12,7 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
 from instseg_ext.config import check_choice
-from instseg_ext.methods.panet.config import FUSIONS
+from instseg_ext.methods.panet.config import FUSIONS, check_region_heads
 from instseg_ext.methods.panet.fusion import (
     LevelConvs,
     LevelLinears,
@@ -95,8 +95,10 @@ class PANetBoxHead(nn.Module):
         """Return the constructor arguments.
 
         Raises:
-            ValueError: if ``MODEL.PANET.FUSION`` is unknown.
+            ValueError: naming the config key, if the regions would not come from all levels or
+                ``MODEL.PANET.FUSION`` is unknown.
         """
+        check_region_heads(cfg, "PANetBoxHead")
         node = cfg.MODEL.ROI_BOX_HEAD
         return {
             "input_shape": input_shape,

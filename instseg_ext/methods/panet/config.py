@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from detectron2.config import CfgNode as CN  # noqa: N817
+from detectron2.modeling import ROI_HEADS_REGISTRY
 
-__all__ = ["FUSIONS", "add_panet_config"]
+__all__ = ["FUSIONS", "add_panet_config", "check_region_heads"]
 
 FUSIONS = ("max", "sum")
 
@@ -34,3 +35,21 @@ def add_panet_config(cfg: CN) -> None:
     # True: anchors, boxes, pooling and pasting of masks as in the authors' code, for inference with
     # their weights. Not for training.
     _C.MODEL.PANET.LEGACY_D1 = False
+
+
+def check_region_heads(cfg: CN, head: str) -> None:
+    """Make sure that a head will get its regions from all levels.
+
+    Args:
+        cfg: the config.
+        head: name of the head, for the message.
+
+    Raises:
+        ValueError: if ``MODEL.ROI_HEADS.NAME`` has regions of one level each.
+    """
+    name = cfg.MODEL.ROI_HEADS.NAME
+    if not getattr(ROI_HEADS_REGISTRY.get(name), "pools_all_levels", False):
+        raise ValueError(
+            f"{head} needs every region from every level: set MODEL.ROI_HEADS.NAME to "
+            f"PANetROIHeads, not {name}."
+        )

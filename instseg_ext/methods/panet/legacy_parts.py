@@ -82,14 +82,8 @@ class LegacyPANetROIHeads(PANetROIHeads):
         """Detect; see ``StandardROIHeads.forward``.
 
         Raises:
-            ValueError: in training.
             TypeError: if the images do not know their originals.
         """
-        if self.training:
-            raise ValueError(
-                "MODEL.PANET.LEGACY_D1 is for inference with the authors' weights; set it to False "
-                "to train."
-            )
         if not isinstance(images, FramedImageList):
             raise TypeError("LegacyPANetROIHeads needs the images of PANetRCNN.")
         found = self._detect(features, proposals, images.frames)

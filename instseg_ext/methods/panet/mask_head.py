@@ -15,7 +15,7 @@ from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
 from instseg_ext.config import check_choice
-from instseg_ext.methods.panet.config import FUSIONS
+from instseg_ext.methods.panet.config import FUSIONS, check_region_heads
 from instseg_ext.methods.panet.fusion import LevelConvs, build_conv
 from instseg_ext.methods.panet.pooler import PooledRegions
 
@@ -99,8 +99,10 @@ class PANetFusionMaskHead(BaseMaskRCNNHead):
         """Return the constructor arguments.
 
         Raises:
-            ValueError: if the mask pooler is switched off or ``MODEL.PANET.FUSION`` is unknown.
+            ValueError: naming the config key, if the regions would not come from all levels or
+                ``MODEL.PANET.FUSION`` is unknown.
         """
+        check_region_heads(cfg, "PANetFusionMaskHead")
         if not isinstance(input_shape, ShapeSpec):
             raise ValueError(
                 "MODEL.ROI_MASK_HEAD.POOLER_TYPE must name a pooler for PANetFusionMaskHead; it is "

@@ -24,6 +24,8 @@ class PANetROIHeads(InstSegROIHeads):
     method can be switched off one by one.
     """
 
+    pools_all_levels = True
+
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Return the constructor arguments.

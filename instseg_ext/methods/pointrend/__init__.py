@@ -17,6 +17,12 @@ METHOD = Method(
     add_config=add_pointrend_config,
     meta_architectures=(),
     components=("PointRendHead", "ImplicitPointRendHead", "PointRendHeads"),
+    replaces={
+        "PointRendMaskHead": "PointRendHead",
+        "CoarseMaskHead": "PointRendHead",
+        "ImplicitPointRendMaskHead": "ImplicitPointRendHead",
+        "PointRendROIHeads": "PointRendHeads",
+    },
     class_count_keys=("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.POINT_HEAD.NUM_CLASSES"),
     score_threshold_keys=("MODEL.ROI_HEADS.SCORE_THRESH_TEST",),
 )
@@ -25,6 +31,7 @@ SEMANTIC_METHOD = Method(
     name="PointRend",
     add_config=add_pointrend_config,
     meta_architectures=("InstSegSemanticSegmentor", "SemanticSegmentor"),
+    replaces={"PointRendSemSegHead": "PointRendSemanticHead"},
     class_count_keys=("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "MODEL.POINT_HEAD.NUM_CLASSES"),
     build_mapper=SemanticDatasetMapper,
 )

@@ -52,8 +52,8 @@ def _shared_masks(masks: object) -> MatchedBitMasks:
     if isinstance(masks, BitMasks):
         return MatchedBitMasks(masks)
     raise ValueError(
-        f"PointRend reads labels from bit masks, not {type(masks).__name__}: set "
-        "INPUT.MASK_FORMAT to bitmask."
+        f"PointRend reads labels from bit masks, not {type(masks).__name__}: with detectron2's "
+        "mapper set INPUT.MASK_FORMAT to bitmask."
     )
 
 

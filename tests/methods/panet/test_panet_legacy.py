@@ -221,6 +221,8 @@ def test_training_is_refused():
 def test_other_heads_and_stretched_images_are_refused():
     with pytest.raises(ValueError, match=r"needs MODEL.ROI_HEADS.NAME PANetROIHeads, not Inst"):
         legacy_model(["MODEL.ROI_HEADS.NAME", "InstSegROIHeads"])
+    with pytest.raises(ValueError, match=r"set MODEL.KEYPOINT_ON to False"):
+        legacy_model(["MODEL.KEYPOINT_ON", True])
     with pytest.raises(ValueError, match=r"set INSTSEG.STRETCH to \(0, 0\)"):
         legacy_model(["INSTSEG.STRETCH", [64, 64]])
 

@@ -149,3 +149,13 @@ def test_anchors_of_the_authors_can_be_chosen():
         for cell in model.proposal_generator.anchor_generator.cell_anchors
     ]
     assert sizes == [(6, 3), (11, 6), (23, 12), (45, 22), (91, 46)]
+
+
+@pytest.mark.parametrize("name", ["StandardROIHeads", "InstSegROIHeads"])
+@pytest.mark.parametrize("off", [[], ["MODEL.MASK_ON", False]], ids=["mask", "box"])
+def test_region_heads_of_one_level_are_refused(name, off):
+    opts = ["MODEL.ROI_HEADS.NAME", name, *off]
+    if not off:
+        opts += ["MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"]
+    with pytest.raises(ValueError, match=f"set MODEL.ROI_HEADS.NAME to PANetROIHeads, not {name}"):
+        model_of(opts)

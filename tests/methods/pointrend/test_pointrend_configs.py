@@ -7,9 +7,16 @@ from dataclasses import dataclass
 import pytest
 from contract.cases import CASES, blobs
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import (
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+    build_model,
+)
 from methods.pointrend.pointrend_heads import oracle
 from methods.project import Project, build, count
+
+import instseg_ext
 
 PROJECT = Project("PointRend")
 NUCLEI = "nuclei_pointrend_R_18_FPN"
@@ -172,3 +179,23 @@ def test_nuclei_config_is_the_baseline_with_another_mask_head():
     )  # fmt: skip
     assert cfg == expected
     assert count(build(cfg)) == pytest.approx(count(build(BASELINE.clone())), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("ROI_MASK_HEAD", "PointRendMaskHead", "PointRendHead"),
+        ("ROI_MASK_HEAD", "ImplicitPointRendMaskHead", "ImplicitPointRendHead"),
+        ("ROI_HEADS", "PointRendROIHeads", "PointRendHeads"),
+        ("SEM_SEG_HEAD", "PointRendSemSegHead", "PointRendSemanticHead"),
+    ],
+)
+def test_detectron2s_names_are_answered_with_ours(key, old, new, monkeypatch):
+    for registry in (ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY, SEM_SEG_HEADS_REGISTRY):
+        monkeypatch.delitem(registry._obj_map, old, raising=False)
+    message = f"MODEL.{key}.NAME {old} is not registered here: set it to {new}"
+    with pytest.raises(ValueError, match=message):
+        instseg_ext.get_config(f"PointRend/{NUCLEI}", [f"MODEL.{key}.NAME", old])
+    # with detectron2's project imported its own parts are meant
+    monkeypatch.setitem(ROI_MASK_HEAD_REGISTRY._obj_map, "PointRendMaskHead", object)
+    instseg_ext.get_config(f"PointRend/{NUCLEI}", ["MODEL.ROI_MASK_HEAD.NAME", "PointRendMaskHead"])
