@@ -17,7 +17,8 @@ def split_class_mismatch(
     A size counts classes if it is m * (K + b) with an integer m >= 1 (anchors, box coordinates,
     grid cells) and b = 1 where there is a background class, else 0. A size n + K, of a layer that
     reads the logits of all classes beside n other values, counts them if another tensor does
-    outright. All tensors must agree on the file's K.
+    outright. Of a tensor's several differing sizes at most one counts outright. All tensors must
+    agree on the file's K.
 
     Args:
         misfits: name to (shape in the file, shape in the model).
@@ -48,18 +49,29 @@ def _counting(sizes: Mapping[str, list[tuple[int, int]]], num_classes: int) -> s
         for key, pairs in sizes.items()
         if len(pairs) == 1
     }
-    possible = {
-        key: set.intersection(
-            *(_file_classes(*pair, num_classes) | _beside(*pair, num_classes) for pair in pairs)
-        )
-        for key, pairs in sizes.items()
-    }
+    possible = {key: _possible(pairs, num_classes) for key, pairs in sizes.items() if pairs}
     explained = [key for key, counts in outright.items() if counts]
     if not explained:
         return set()
     common = set.intersection(*(possible[key] for key in explained))
     common &= set.union(*(outright[key] for key in explained))
     return {key for key, counts in possible.items() if counts & common}
+
+
+def _possible(pairs: list[tuple[int, int]], num_classes: int) -> set[int]:
+    """Return the class counts of the file that may explain the differing sizes of one tensor.
+
+    Of several sizes one may count classes outright; the others stand for a layer that reads all
+    logits beside other values. Two multiples would let another width of the network pass.
+    """
+    beside = [_beside(*pair, num_classes) for pair in pairs]
+    if len(pairs) == 1:
+        return _file_classes(*pairs[0], num_classes) | beside[0]
+    counts = set()
+    for index, pair in enumerate(pairs):
+        rest = beside[:index] + beside[index + 1 :]
+        counts |= _file_classes(*pair, num_classes).intersection(*rest)
+    return counts
 
 
 def _beside(found: int, wanted: int, num_classes: int) -> set[int]:

@@ -233,6 +233,19 @@ class TestClassCount:
             InstSegCheckpointer(Model(3), reset_classifier=True, num_classes=1).load(path)
         InstSegCheckpointer(Model(3), reset_classifier=True, num_classes=3).load(path)
 
+    def test_another_width_is_no_class_count(self):
+        """Of 1 class, 256 and 64 channels are multiples of 8 and 2 classes, wherever they stand."""
+        misfits = {
+            "conv.weight": ((256, 256, 3, 3), (64, 64, 3, 3)),
+            "conv.bias": ((256,), (64,)),
+            "last.weight": ((1, 256, 1, 1), (1, 64, 1, 1)),
+        }
+        _, others = split_class_mismatch(misfits, 1)
+        assert "conv.weight" in others
+        # Rows count classes outright, columns hold the logits beside 256 features.
+        point = {"point_head.predictor.weight": ((80, 336, 1), (3, 259, 1))}
+        assert split_class_mismatch({**point, "bias": ((81,), (4,))}, 3)[1] == {}
+
     def test_equal_class_count_is_untouched(self, tmp_path):
         want = Model()
         torch.save(want.state_dict(), tmp_path / "x.pth")
