@@ -214,8 +214,10 @@ def _category_names(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 def _comparable(annotations: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict[str, Any]]:
     """Copy the annotations that can be compared; those without an outline are left out."""
     copies = [dict(annotation) for annotation in annotations]
+    if iou_type == "keypoints":
+        return _with_keypoint_counts(copies)
     if iou_type not in MASK_TASKS:
-        return copies if iou_type == "bbox" else [a for a in copies if a.get("keypoints")]
+        return copies
     for annotation in copies:
         if isinstance(annotation.get("segmentation"), list):
             annotation["segmentation"] = [p for p in annotation["segmentation"] if len(p) >= 6]
@@ -226,6 +228,20 @@ def _comparable(annotations: Sequence[Mapping[str, Any]], iou_type: str) -> list
             len(copies) - len(usable),
         )
     return usable
+
+
+def _with_keypoint_counts(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep annotations with keypoints; fill in how many of these are labelled where it is missing.
+
+    pycocotools cannot do without ``num_keypoints``; faster-coco-eval takes a missing one for 0,
+    which leaves the object out.
+    """
+    kept = [annotation for annotation in annotations if annotation.get("keypoints")]
+    for annotation in kept:
+        if annotation.get("num_keypoints") is None:
+            visibility = annotation["keypoints"][2::3]
+            annotation["num_keypoints"] = sum(value > 0 for value in visibility)
+    return kept
 
 
 def _evaluation_class(backend: str) -> type:

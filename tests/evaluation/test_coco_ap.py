@@ -146,7 +146,8 @@ def test_no_detection_is_zero_and_no_truth_is_nan(make, dataset, backend):
     assert all(math.isnan(value) for value in summary.values())
 
 
-def test_keypoints_equal_pycocotools():
+def keypoint_scene():
+    """Return a data set of six persons and detections of them."""
     rng = np.random.default_rng(0)
     dataset = {
         "images": [{"id": 1, "height": 200, "width": 200}],
@@ -163,11 +164,37 @@ def test_keypoints_equal_pycocotools():
         results.append({"image_id": 1, "category_id": 1, "score": float(rng.random()),
                         "keypoints": points.ravel().tolist()})  # fmt: skip
     dataset["annotations"] = annotations
+    return dataset, results
+
+
+def test_keypoints_equal_pycocotools():
+    dataset, results = keypoint_scene()
     summary, _ = average_precision(dataset, results, "keypoints")
     expected, _ = official(dataset, results, "keypoints")
     assert list(summary.values()) == pytest.approx(expected[:5], abs=1e-9, nan_ok=True)
     with pytest.raises(ValueError, match=r"Objects have 17 keypoints and there are 3 .*OKS_SIGMAS"):
         average_precision(dataset, results, "keypoints", keypoint_sigmas=[0.1, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("backend", ["faster_coco_eval", "pycocotools"])
+def test_labelled_keypoints_are_counted_where_the_file_does_not(backend):
+    if backend == "faster_coco_eval":
+        pytest.importorskip(backend)
+    dataset, results = keypoint_scene()
+    first, second = dataset["annotations"][:2]
+    first["keypoints"][2::3], first["num_keypoints"] = [0] * 17, 0
+    second["keypoints"][2::3], second["num_keypoints"] = [1] * 9 + [0] * 8, 9
+    expected, _ = average_precision(dataset, results, "keypoints", backend=backend)
+    assert 0 < expected["AP"] < 100
+    for left in (3, 0):  # annotations that still have the key
+        for annotation in dataset["annotations"][left:]:
+            annotation.pop("num_keypoints", None)
+        summary, _ = average_precision(dataset, results, "keypoints", backend=backend)
+        assert summary == pytest.approx(expected, nan_ok=True)
+    first["num_keypoints"] = None
+    summary, _ = average_precision(dataset, results, "keypoints", backend=backend)
+    assert summary == pytest.approx(expected, nan_ok=True)
+    assert "num_keypoints" not in second
 
 
 def test_sparse_annotation_files(make, tmp_path, dataset):
