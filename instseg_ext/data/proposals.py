@@ -23,11 +23,19 @@ from instseg_ext.checkpoint import atomic_write
 __all__ = ["ProposalFile", "ProposalMapper", "assign_proposals", "write_proposals"]
 
 _FORMAT = "instseg_ext proposals 1"
+# Name, type and dimensions of each tensor of a file.
+_TENSORS = (
+    ("starts", torch.int64, 1),
+    ("boxes", torch.float32, 2),
+    ("objectness_logits", torch.float32, 1),
+)
 # What damaged or foreign content raises in torch and zipfile.
 _READ_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    AttributeError,
     EOFError,
+    IndexError,
     KeyError,
     RuntimeError,
     TypeError,
@@ -40,27 +48,45 @@ def write_proposals(
 ) -> None:
     """Write the proposals of a data set's images.
 
+    All of them are held in memory, once.
+
     Args:
         path: appears when it is complete; an existing file is replaced.
         proposals: per image its id, as text; boxes (N, 4), XYXY in pixels of the image file; and
             the logits (N,) of how likely each holds an object. N may be 0.
     """
-    ids, boxes, logits = [], [torch.zeros(0, 4)], [torch.zeros(0)]
+    ids: list[str] = []
+    boxes: list[Tensor] = []
+    logits: list[Tensor] = []
     for image_id, image_boxes, image_logits in proposals:
         order = image_logits.argsort(descending=True, stable=True)
         ids.append(str(image_id))
         boxes.append(image_boxes[order].float().cpu())
         logits.append(image_logits[order].float().cpu())
-    counts = torch.tensor([0, *(len(part) for part in boxes[1:])], dtype=torch.int64)
+    counts = torch.tensor([0, *map(len, boxes)], dtype=torch.int64)
     content = {
         "format": _FORMAT,
         "ids": ids,
         "starts": counts.cumsum(0),
-        "boxes": torch.cat(boxes),
-        "objectness_logits": torch.cat(logits),
+        "boxes": _moved_together(boxes, 4),
+        "objectness_logits": _moved_together(logits),
     }
     with atomic_write(path) as file:
         torch.save(content, file)
+
+
+def _moved_together(parts: list[Tensor], *row: int) -> Tensor:
+    """Return the parts as one tensor (N, *row), float32, and leave an empty list behind.
+
+    Each part goes as soon as it is copied: together they may have gigabytes.
+    """
+    end = sum(map(len, parts))
+    whole = torch.empty(end, *row)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole
 
 
 class ProposalFile:
@@ -160,8 +186,10 @@ def _read(path: Path) -> dict[str, Any]:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no torch archive")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']!r}")
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        if content.get("format") != _FORMAT:
+            raise ValueError(f"its format is {content.get('format')!r}")
         _check(content)
     except _READ_ERRORS as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
@@ -173,10 +201,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check(content: dict[str, Any]) -> None:
-    """Raise unless the parts of a file fit each other."""
+    """Raise unless the parts of a file are what they should be and fit each other."""
+    ids = content["ids"]
+    if not (isinstance(ids, list) and all(isinstance(image_id, str) for image_id in ids)):
+        raise ValueError("its ids are no texts")
+    for name, dtype, dimensions in _TENSORS:
+        tensor = content[name]
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.dim()) != (dtype, dimensions):
+            raise ValueError(f"its {name} are no {dtype} tensor of {dimensions} dimensions")
     starts, boxes, logits = content["starts"], content["boxes"], content["objectness_logits"]
     fits = (
-        len(starts) == len(content["ids"]) + 1
+        len(starts) == len(ids) + 1
         and int(starts[0]) == 0
         and int(starts[-1]) == len(boxes) == len(logits)
         and bool((starts.diff() >= 0).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from instseg_ext import data
 from instseg_ext.config import add_shared_config
+from instseg_ext.data import proposals
 
 BOXES = torch.tensor([[0.0, 0, 10, 5], [2.5, 1, 8, 9], [30, 30, 40, 40]])
 LOGITS = torch.tensor([-1.0, 3, 0.5])
@@ -79,6 +81,56 @@ def test_files_that_are_damaged_or_foreign_are_refused(file, tmp_path):
     (tmp_path / "half.pth").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match="no proposal file of ours"):
         data.ProposalFile(tmp_path / "half.pth")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ids": "7"},
+        {"ids": [7, "empty", "9"]},
+        {"starts": []},
+        {"starts": [0, 3, 3, 4]},
+        {"starts": torch.zeros(0, dtype=torch.int64)},
+        {"starts": torch.zeros(0, 4)},
+        {"boxes": torch.zeros(4)},
+        {"boxes": torch.zeros(4, 4, dtype=torch.int64)},
+        {"objectness_logits": None},
+        {"objectness_logits": torch.zeros(4, 1)},
+    ],
+    ids=str,
+)
+def test_parts_that_are_not_what_they_should_be_are_refused(file, change):
+    content = torch.load(file, weights_only=True)
+    torch.save({**content, **change}, file)
+    with pytest.raises(ValueError, match=r"proposals\.pth is no proposal file of ours"):
+        data.ProposalFile(file)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text", {}], ids=str)
+def test_other_things_that_torch_writes_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth is no proposal file of ours"):
+        data.ProposalFile(tmp_path / "other.pth")
+
+
+def test_proposals_are_held_once(tmp_path, monkeypatch):
+    """When the file is written, nothing is left of what its tensors were put together from."""
+    size, save, alive = 917, torch.save, []
+
+    def counting_save(content, file):
+        alive.extend(o for o in gc.get_objects() if type(o) is torch.Tensor and len(o.shape) > 0)
+        save(content, file)
+
+    monkeypatch.setattr(proposals.torch, "save", counting_save)
+    found = ((str(i), torch.full((size, 4), float(i)), torch.arange(size)) for i in range(8))
+    data.write_proposals(tmp_path / "eight.pth", found)
+    lengths = [len(tensor) for tensor in alive]
+    assert lengths.count(8 * size) == 2
+    # Of the last image there still are what was given and its order.
+    assert lengths.count(size) <= 3
+    boxes, logits = data.ProposalFile(tmp_path / "eight.pth")[1]
+    assert boxes.tolist() == [[1.0] * 4] * size
+    assert logits.tolist() == list(range(size))[::-1]
 
 
 def test_every_training_set_has_its_file(file):
