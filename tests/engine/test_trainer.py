@@ -443,6 +443,11 @@ class TestSettings:
         with pytest.raises(ValueError, match=r"TEST.PRECISE_BN.ENABLED"):
             Trainer(config("TEST.PRECISE_BN.ENABLED", True), METHOD)
 
+    def test_proposals_from_files_cannot_be_evaluated(self, config):
+        with pytest.raises(ValueError, match=r"LOAD_PROPOSALS is for training only, but .*toy_"):
+            Trainer(config("MODEL.LOAD_PROPOSALS", True), METHOD)
+        Trainer(config("MODEL.LOAD_PROPOSALS", True, "DATASETS.TEST", ()), METHOD)
+
     def test_wandb_is_missing(self, config, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "wandb", None)
         with pytest.raises(ImportError, match=r"INSTSEG.WANDB.ENABLED needs the package wandb"):
