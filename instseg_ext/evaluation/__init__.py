@@ -7,6 +7,7 @@ from instseg_ext.evaluation.coco_ap import (
     average_precision_backend,
     load_ground_truth,
 )
+from instseg_ext.evaluation.progress import show_progress
 from instseg_ext.evaluation.report import write_json
 from instseg_ext.evaluation.runner import evaluate, inference_mode, run_inference
 from instseg_ext.evaluation.timing import STAGES, StageTimer, stage_modules
@@ -23,6 +24,7 @@ __all__ = [
     "instances_to_results",
     "load_ground_truth",
     "run_inference",
+    "show_progress",
     "stage_modules",
     "write_json",
 ]

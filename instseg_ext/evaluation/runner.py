@@ -13,13 +13,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.logger import log_every_n_seconds
 from torch import nn
-from tqdm import tqdm
 
 from instseg_ext import data
 from instseg_ext.evaluation import report
 from instseg_ext.evaluation.build import build_evaluator
+from instseg_ext.evaluation.progress import show_progress
 from instseg_ext.evaluation.timing import STAGES, StageTimer
 from instseg_ext.method import Method
 
@@ -140,25 +139,18 @@ def run_inference(
     """
     evaluator.reset()
     mask_output = "rle" if getattr(evaluator, "accepts_rle", False) else "bool"
-    total = len(loader)
-    progress = tqdm(
-        total=total, desc=description, disable=None if comm.is_main_process() else True, leave=False
-    )
-    with progress, inference_mode(model, mask_output), timer.attached(model):
+    with (
+        show_progress(len(loader), "Evaluated", description) as advance,
+        inference_mode(model, mask_output),
+        timer.attached(model),
+    ):
         timer.start()
-        for index, batch in enumerate(loader):
+        for batch in loader:
             timer.loaded()
             outputs = model(batch)
             timer.finish(len(batch))
             evaluator.process(batch, outputs)
-            progress.update()
-            if progress.disable:
-                log_every_n_seconds(
-                    logging.INFO,
-                    f"Evaluated {index + 1} of {total} batches of {description}.",
-                    n=10,
-                    name=__name__,
-                )
+            advance()
             timer.start()
 
 
