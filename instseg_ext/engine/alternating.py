@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import Tensor
 
 import instseg_ext
+from instseg_ext import data
 from instseg_ext.checkpoint import (
+    InstSegCheckpointer,
     atomic_write,
     model_shapes,
     read_weights,
@@ -28,7 +31,7 @@ from instseg_ext.checkpoint import (
 from instseg_ext.engine.alternating_plan import FINAL, STEPS, Step, plan_steps, proposal_files
 from instseg_ext.engine.alternating_record import FinishedStep, Record
 from instseg_ext.engine.alternating_step import StepTrainer, propose
-from instseg_ext.engine.standalone import evaluate_checkpoint
+from instseg_ext.engine.standalone import class_count, evaluate_checkpoint
 from instseg_ext.method import Method
 
 __all__ = ["join_weights", "train_alternating"]
@@ -67,20 +70,23 @@ def train_alternating(
         As ``evaluate_checkpoint``; empty without test sets or where nothing was left to do.
 
     Raises:
-        ValueError: if a step's file is not what the step wrote, or RPN and detector do not share
-            one backbone.
+        ValueError: if ``MODEL.WEIGHTS`` or the keypoint settings do not fit, before any step; if a
+            step's file is not what the step wrote, or RPN and detector do not share one backbone.
     """
     record = (Record.load(cfg.OUTPUT_DIR) if resume else None) or Record(Path(cfg.OUTPUT_DIR))
     comm.synchronize()  # all have read before anybody writes
-    if record.joined:
-        logger.info("Nothing to do: all steps are done and joined in %s.", record.folder / FINAL)
+    joined = record.folder / FINAL
+    if _is_joined(record):
+        logger.info("Nothing to do: all steps are done and joined in %s.", joined)
         return {}
+    if record.joined:
+        logger.warning("%s is not the joined model any more: joining again.", joined)
+    _check_before_training(cfg, method, record, reset_classifier, unsafe)
     options = {"resume": resume, "reset_classifier": reset_classifier, "unsafe": unsafe}
     for step, step_cfg in zip(STEPS, plan_steps(cfg, iterations), strict=True):
         if step.number not in record.steps:
             _run_step(cfg, step_cfg, method, step, record, limit=limit, **options)
         logger.info("%s", record.steps[step.number].report)
-    joined = record.folder / FINAL
     if comm.is_main_process():
         _write_joined(cfg, record, joined)
     comm.synchronize()
@@ -89,6 +95,32 @@ def train_alternating(
         record.joined = sha256_of(str(joined))
         record.save()
     return results
+
+
+def _is_joined(record: Record) -> bool:
+    """Ask the main process, so that all do the same."""
+    return comm.all_gather(comm.is_main_process() and record.is_joined())[0]
+
+
+def _check_before_training(
+    cfg: CfgNode, method: Method, record: Record, reset_classifier: bool, unsafe: bool
+) -> None:
+    """Raise what a part of the model, or one without test sets, would not say or say too late."""
+    build_mapper = method.build_mapper or data.build_mapper
+    build_mapper(cfg, True)
+    if not cfg.MODEL.WEIGHTS or {1, 2} <= record.steps.keys():
+        return
+    logger.info("Checking that MODEL.WEIGHTS fit the whole model, of which step 1 builds a part.")
+    whole = cfg.clone()
+    whole.defrost()
+    whole.MODEL.DEVICE = "cpu"
+    checkpointer = InstSegCheckpointer(
+        build_model(whole),
+        reset_classifier=reset_classifier,
+        num_classes=class_count(cfg, method),
+        unsafe=unsafe,
+    )
+    checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
 
 
 def _run_step(

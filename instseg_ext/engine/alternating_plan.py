@@ -10,7 +10,15 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 
-__all__ = ["FINAL", "STEPS", "Step", "check_two_stage", "plan_steps", "proposal_files"]
+__all__ = [
+    "FINAL",
+    "STEPS",
+    "Step",
+    "check_two_stage",
+    "plan_steps",
+    "proposal_files",
+    "unfinished_files",
+]
 
 # Name of a step's last checkpoint, and of the joined model.
 FINAL = "model_final.pth"
@@ -100,6 +108,15 @@ def proposal_files(cfg: CfgNode, step: Step) -> list[Path]:
     """
     folder = Path(cfg.OUTPUT_DIR) / step.folder
     return [folder / f"proposals_{index}.pth" for index in range(len(cfg.DATASETS.TRAIN))]
+
+
+def unfinished_files(file: Path) -> list[Path]:
+    """Return what a process that was killed while it wrote ``file`` has left beside it.
+
+    Args:
+        file: of proposals; each process may write a part of it first.
+    """
+    return sorted(file.parent.glob(f".{file.name}.*"))
 
 
 def _step_config(cfg: CfgNode, step: Step, iterations: int) -> CfgNode:

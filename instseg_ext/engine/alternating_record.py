@@ -17,12 +17,16 @@ from instseg_ext.engine.alternating_plan import (
     check_two_stage,
     plan_steps,
     proposal_files,
+    unfinished_files,
 )
-from instseg_ext.engine.outputs import check_output_dir, check_resume, last_checkpoint
+from instseg_ext.engine.outputs import (
+    ALTERNATING_RECORD,
+    check_output_dir,
+    check_resume,
+    last_checkpoint,
+)
 
 __all__ = ["FinishedStep", "Record", "check_alternating"]
-
-_NAME = "alternating.json"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Record:
     steps: dict[int, FinishedStep] = field(default_factory=dict)
     joined: str = ""
 
+    def is_joined(self) -> bool:
+        """Whether the joined model lies there as it was evaluated."""
+        path = self.folder / FINAL
+        return bool(self.joined) and path.is_file() and sha256_of(str(path)) == self.joined
+
     @classmethod
     def load(cls, folder: str | Path) -> Record | None:
         """Return the record in a folder, None if there is none.
@@ -61,7 +70,7 @@ class Record:
         Raises:
             ValueError: if it cannot be understood.
         """
-        path = Path(folder) / _NAME
+        path = Path(folder) / ALTERNATING_RECORD
         if not path.is_file():
             return None
         try:
@@ -79,7 +88,7 @@ class Record:
             "steps": {str(number): vars(entry) for number, entry in self.steps.items()},
             "joined": self.joined,
         }
-        with atomic_write(self.folder / _NAME) as file:
+        with atomic_write(self.folder / ALTERNATING_RECORD) as file:
             file.write(json.dumps(content, indent=2).encode())
 
     def finish(self, step: Step, iterations: int, files: Sequence[Path], report: str) -> None:
@@ -138,9 +147,9 @@ def check_alternating(
     for folder in (cfg.OUTPUT_DIR, *(c.OUTPUT_DIR for c in plan)):
         check_output_dir(folder, resume, overwrite)
     if overwrite:
-        (Path(cfg.OUTPUT_DIR) / _NAME).unlink(missing_ok=True)
         for file in (f for step in STEPS if step.proposes for f in proposal_files(cfg, step)):
-            file.unlink(missing_ok=True)
+            for path in (file, *unfinished_files(file)):
+                path.unlink(missing_ok=True)
 
 
 def _check_resumable(cfg: CfgNode, plan: Sequence[CfgNode]) -> None:
@@ -149,8 +158,8 @@ def _check_resumable(cfg: CfgNode, plan: Sequence[CfgNode]) -> None:
         folder = Path(cfg.OUTPUT_DIR)
         if (folder / FINAL).is_file() or last_checkpoint(cfg.OUTPUT_DIR):
             raise FileExistsError(
-                f"{folder} holds checkpoints, but no {_NAME}: they are not of train-alternating. "
-                "Choose another OUTPUT_DIR."
+                f"{folder} holds checkpoints, but no {ALTERNATING_RECORD}: they are not of "
+                "train-alternating. Choose another OUTPUT_DIR."
             )
         return
     record.verify()

@@ -14,14 +14,24 @@ from detectron2.config import CfgNode
 
 from instseg_ext.checkpoint import read_metadata
 
-__all__ = ["check_output_dir", "check_resume", "last_checkpoint", "periodic_checkpoints"]
+__all__ = [
+    "ALTERNATING_RECORD",
+    "check_output_dir",
+    "check_resume",
+    "last_checkpoint",
+    "periodic_checkpoints",
+]
 
 logger = logging.getLogger(__name__)
 
+# What an alternating training has finished; no other run can go on in its folder.
+ALTERNATING_RECORD = "alternating.json"
+
 _PERIODIC = re.compile(r"model_\d{7}\.pth")
-_CHECKPOINTS = ("last_checkpoint", "model_final.pth", "model_best.pth")
+_BEST = "model_best.pth"
+_CHECKPOINTS = ("last_checkpoint", "model_final.pth", _BEST)
 # What one run writes and a run that replaces it must not append to.
-_RUN_FILES = ("metrics.json", "results.json", "config.yaml")
+_RUN_FILES = ("metrics.json", "results.json", "config.yaml", ALTERNATING_RECORD)
 # Keys of MODEL that say where and from what, not what.
 _FREE_KEYS = frozenset({"MODEL.WEIGHTS", "MODEL.DEVICE"})
 # Keys outside MODEL without which the optimiser's state has another form.
@@ -61,6 +71,7 @@ def check_output_dir(
 
     Call it before any long work, in the main process. With ``overwrite`` the checkpoints, metrics
     and results of the other run are deleted here, so that nothing of it is taken for the new one.
+    Of an alternating training that is the joined model and the record; its steps' folders stay.
 
     Args:
         output_dir: may not exist yet.
@@ -71,7 +82,8 @@ def check_output_dir(
     Raises:
         ValueError: if ``resume`` and ``overwrite`` are both given, or ``cfg`` describes another
             model.
-        FileExistsError: if the folder holds checkpoints and neither is given.
+        FileExistsError: if the folder holds another run and neither is given, or with ``resume`` if
+            nothing in it says where that run can be gone on with.
     """
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it: give only one.")
@@ -84,14 +96,33 @@ def check_output_dir(
     if resume:
         last = last_checkpoint(output_dir)
         if last is None:
+            _require_unfinished(folder, found)
             logger.info("Nothing to resume in %s: starting from the beginning.", output_dir)
         elif cfg is not None:
             check_resume(cfg, str(last))
         return
+    found += [path for path in (folder / ALTERNATING_RECORD,) if path.is_file()]
     if found:
         raise FileExistsError(
-            f"{output_dir} holds checkpoints of another run ({found[0].name}): pass --resume to go "
-            "on with it, --overwrite to replace it, or choose another OUTPUT_DIR."
+            f"{output_dir} holds another run ({found[0].name}): pass --resume to go on with it, "
+            "--overwrite to replace it, or choose another OUTPUT_DIR."
+        )
+
+
+def _require_unfinished(folder: Path, found: list[Path]) -> None:
+    """Refuse to start anew over checkpoints that a run without ``last_checkpoint`` has left."""
+    remedy = "pass --overwrite to replace it, or choose another OUTPUT_DIR."
+    if (folder / ALTERNATING_RECORD).is_file():
+        raise FileExistsError(
+            f"{folder} holds a run of train-alternating ({ALTERNATING_RECORD}), which only "
+            f"train-alternating can go on with: {remedy}"
+        )
+    # The best weights alone are left by a run that was killed before its first checkpoint.
+    kept = [path.name for path in found if path.name != _BEST]
+    if kept:
+        raise FileExistsError(
+            f"{folder} holds {kept[0]}, but no file last_checkpoint: write into it the name of "
+            f"the checkpoint to go on with, {remedy}"
         )
 
 

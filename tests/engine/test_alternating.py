@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.modeling import build_model
 
 import instseg_ext
 from instseg_ext import data, engine, zoo
@@ -17,6 +19,7 @@ from instseg_ext.cli import train
 from instseg_ext.data import make_shapes
 from instseg_ext.engine import alternating, alternating_step, defaults
 from instseg_ext.engine.alternating_plan import STEPS, plan_steps
+from instseg_ext.engine.alternating_record import Record
 
 CONFIG = "MaskRCNN/nuclei_mask_rcnn_R_18_FPN"
 # A backbone of one level whose norms have statistics that a frozen backbone must keep.
@@ -209,6 +212,41 @@ def test_a_finished_run_is_left_alone(copy, shapes, capsys, caplog):
     assert {f: f.read_bytes() for f in copy.rglob("*.pth")} == before
 
 
+@pytest.mark.parametrize("fate", ["gone", "replaced"])
+def test_a_joined_model_that_is_no_more_is_joined_and_evaluated_again(
+    copy, shapes, monkeypatch, caplog, fate
+):
+    """As after a deletion by hand, or another program's training into the folder."""
+    joined, evaluated = copy / "model_final.pth", []
+    expected = weights(joined)
+    monkeypatch.setattr(alternating, "_evaluate", lambda *args: evaluated.append(args[2]))
+    if fate == "gone":
+        joined.unlink()
+    else:
+        shutil.copy(copy / "step4" / "model_final.pth", joined)
+    with caplog.at_level("INFO"):
+        assert run(shapes, copy, *ITERATIONS, "--resume") == 0
+    assert "is not the joined model any more: joining again" in caplog.text
+    assert equal(weights(joined), expected)
+    assert evaluated == [joined]
+
+
+@pytest.mark.parametrize("finished_steps", [True, False])
+def test_train_net_leaves_the_folder_alone(copy, finished_steps):
+    """It finds no last_checkpoint there, and would start anew over what lies there."""
+    if not finished_steps:
+        (copy / "model_final.pth").unlink()
+    with pytest.raises(FileExistsError, match=r"holds another run \((model|alternating).*--resume"):
+        engine.check_output_dir(str(copy), False, False)
+    with pytest.raises(FileExistsError, match=r"holds a run of train-alternating .*--overwrite"):
+        engine.check_output_dir(str(copy), True, False)
+    engine.check_output_dir(str(copy), False, True)
+    assert not (copy / "model_final.pth").exists()
+    assert (copy / "step4" / "model_final.pth").exists()
+    engine.check_output_dir(str(copy), False, False)
+    assert Record.load(copy) is None
+
+
 @pytest.mark.parametrize("name", ["step2/model_final.pth", "step3/proposals_0.pth"])
 def test_a_changed_file_of_a_finished_step_is_noticed(copy, shapes, capsys, name):
     content = torch.load(copy / name, weights_only=True)
@@ -237,8 +275,10 @@ def test_overwriting_starts_with_an_empty_folder(copy):
         engine.check_alternating(cfg, LENGTHS, resume=True, overwrite=True)
     cfg.OUTPUT_DIR = str(copy)
     (copy / "notes.txt").touch()
+    (copy / "step3" / ".proposals_0.pth.1").touch()
     engine.check_alternating(cfg, LENGTHS, overwrite=True)
     assert not list(copy.rglob("*.pth"))
+    assert not list(copy.glob("step*/.*"))
     assert not (copy / "alternating.json").exists()
     assert (copy / "notes.txt").exists()
 
@@ -294,6 +334,39 @@ def test_equal_bits_are_joined_whatever_they_mean(caplog):
     joined = alternating.join_weights(rpn, detector)
     assert set(joined) == {"backbone.w", "proposal_generator.w", "roi_heads.w"}
     assert "share one backbone: 1 tensors are equal bit by bit" in caplog.text
+
+
+# --- said before the first step -------------------------------------------------------------------
+
+
+def test_weights_for_other_classes_are_refused_before_step_1(shapes, tmp_path, capsys):
+    """Step 1 builds no classifier, and would take them."""
+    opts = [*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", "5"]
+    other = build_model(instseg_ext.get_config(CONFIG, opts))
+    torch.save({"model": other.state_dict()}, tmp_path / "five.pth")
+    opts = [*TINY, "MODEL.WEIGHTS", str(tmp_path / "five.pth")]
+    assert run(shapes, tmp_path / "run", *ITERATIONS, opts=opts) == 2
+    error = capsys.readouterr().err
+    assert "trained for another number of classes" in error
+    assert "--reset-classifier" in error
+    assert not (tmp_path / "run" / "step1").exists()
+
+
+def test_settings_of_the_evaluation_are_read_before_step_1(tmp_path):
+    """The steps have no test set, of which the mapper would see what is missing."""
+    seen = []
+
+    def build_mapper(cfg, is_train):
+        seen.append((tuple(cfg.DATASETS.TEST), is_train))
+        raise ValueError("no standard deviations")
+
+    cfg = instseg_ext.get_config(CONFIG, [*TINY, "OUTPUT_DIR", str(tmp_path)])
+    method = replace(zoo.method_of(cfg), build_mapper=build_mapper)
+    with pytest.raises(ValueError, match="no standard deviations"):
+        alternating.train_alternating(cfg, method)
+    assert seen == [(tuple(cfg.DATASETS.TEST), True)]
+    assert cfg.DATASETS.TEST
+    assert not list(tmp_path.iterdir())
 
 
 # --- the plan -------------------------------------------------------------------------------------

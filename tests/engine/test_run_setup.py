@@ -89,6 +89,14 @@ class TestOutputFolder:
         with pytest.raises(ValueError, match="give only one"):
             check_output_dir(str(tmp_path), True, True)
 
+    @pytest.mark.parametrize("name", ["model_0000001.pth", "model_final.pth"])
+    def test_checkpoints_without_a_pointer_are_not_written_over(self, tmp_path, name):
+        (tmp_path / name).write_text("")
+        with pytest.raises(FileExistsError, match=rf"{name}, but no file last_checkpoint: write "):
+            check_output_dir(str(tmp_path), True, False)
+        (tmp_path / name).rename(tmp_path / "model_best.pth")
+        check_output_dir(str(tmp_path), True, False)
+
     def test_pointer_to_a_lost_file(self, finished):
         (Path(finished) / "model_final.pth").unlink()
         with pytest.raises(FileNotFoundError, match=r"names model_final.pth, which does not exist"):
