@@ -199,7 +199,10 @@ def build_train_loader(
     """
     check_annotation_kind(cfg.DATASETS.TRAIN, mapper)
     if cfg.MODEL.LOAD_PROPOSALS:
-        sets = [training_dicts(cfg, [name], limit) for name in cfg.DATASETS.TRAIN]
+        names = cfg.DATASETS.TRAIN
+        sets = [training_dicts(cfg, [name], limit, may_be_empty=True) for name in names]
+        if not any(sets):
+            raise ValueError(f"DATASETS.TRAIN {list(names)}: no image has an object to train on.")
         dicts = assign_proposals(sets, cfg.DATASETS.PROPOSAL_FILES_TRAIN)
         mapper = ProposalMapper(mapper)
     else:
@@ -231,13 +234,16 @@ def build_train_loader(
     )
 
 
-def training_dicts(cfg: CfgNode, names: Sequence[str], limit: int | None = None) -> list[dict]:
+def training_dicts(
+    cfg: CfgNode, names: Sequence[str], limit: int | None = None, *, may_be_empty: bool = False
+) -> list[dict]:
     """Load training sets as the training of a config uses them, without proposals.
 
     Args:
         cfg: reads what says which images are left out.
         names: of ``DATASETS.TRAIN``, or some of them.
         limit: return only the first images; None = all.
+        may_be_empty: see ``load_training_dicts``.
 
     Returns:
         detectron2 dictionaries.
@@ -251,11 +257,16 @@ def training_dicts(cfg: CfgNode, names: Sequence[str], limit: int | None = None)
         min_keypoints=(
             cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
         ),
+        may_be_empty=may_be_empty,
     )[:limit]
 
 
 def load_training_dicts(
-    names: list[str], filter_empty: bool = True, min_keypoints: int = 0
+    names: list[str],
+    filter_empty: bool = True,
+    min_keypoints: int = 0,
+    *,
+    may_be_empty: bool = False,
 ) -> list[dict]:
     """Load and join training sets.
 
@@ -264,6 +275,7 @@ def load_training_dicts(
             with label maps; of the latter no image is left out.
         filter_empty: leave out images that have nothing but crowds.
         min_keypoints: leave out images with fewer labelled keypoints than this.
+        may_be_empty: return an empty list if no image remains: the sets are some of several.
 
     Returns:
         detectron2 dictionaries.
@@ -294,7 +306,7 @@ def load_training_dicts(
         dicts = [d for d in dicts if any(not a.get("iscrowd", 0) for a in d["annotations"])]
     if min_keypoints > 0:
         dicts = filter_images_with_few_keypoints(dicts, min_keypoints)
-    if not dicts:
+    if not dicts and not may_be_empty:
         raise ValueError(
             f"DATASETS.TRAIN {names}: none of {total} images has an object to train on."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from instseg_ext import data
 from instseg_ext.checkpoint import InstSegCheckpointer
-from instseg_ext.engine.alternating_plan import FINAL, Step
+from instseg_ext.engine.alternating_plan import FINAL, Step, unfinished_files
 from instseg_ext.engine.distributed import unwrap
 from instseg_ext.engine.trainer import Trainer
-from instseg_ext.evaluation import inference_mode
+from instseg_ext.evaluation import inference_mode, show_progress
 from instseg_ext.method import Method
 
 __all__ = ["NoHeads", "ProposalSummary", "StepTrainer", "propose"]
 
+# Image id, boxes (N, 4) in pixels of the image file, logits (N,).
+_Found = tuple[str, Tensor, Tensor]
 # Overlap from which an object counts as covered by a proposal.
 _COVERED_IOU = 0.5
 
@@ -150,27 +152,40 @@ def propose(
     build_mapper = method.build_mapper or data.build_mapper
     mapper = build_mapper(cfg, False)
     counts = torch.zeros(4, dtype=torch.int64)
+    if comm.is_main_process():
+        for path in (path for file in files for path in unfinished_files(file)):
+            path.unlink()
+    comm.synchronize()
     for name, file in zip(cfg.DATASETS.TRAIN, files, strict=True):
-        dicts = data.training_dicts(cfg, [name], limit)
-        loader = data.build_inference_loader(cfg, dicts, mapper)
+        dicts = data.training_dicts(cfg, [name], limit, may_be_empty=True)
+        # A loader cannot be without images.
+        loader = data.build_inference_loader(cfg, dicts, mapper) if dicts else []
         annotations = {str(d["image_id"]): d["annotations"] for d in dicts}
-        found = []
         with inference_mode(model):
-            for image_id, boxes, logits in _proposals(model, loader):
-                found.append((image_id, boxes, logits))
-                counts += torch.tensor([1, len(boxes), *_coverage(boxes, annotations[image_id])])
-        _merge(file, found)
+            _write(file, _counted(_proposals(model, loader, name), annotations, counts))
     return ProposalSummary(*torch.stack(comm.all_gather(counts)).sum(0).tolist())
 
 
-def _proposals(model: nn.Module, loader: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield id, boxes (N, 4) in pixels of the image file and logits (N,) of each image."""
-    for batch in loader:
-        for item, result in zip(batch, model.inference(batch, do_postprocess=False), strict=True):
-            height, width = result.image_size
-            boxes = result.proposal_boxes.clone()
-            boxes.scale(item["width"] / width, item["height"] / height)
-            yield str(item["image_id"]), boxes.tensor.cpu(), result.objectness_logits.cpu()
+def _proposals(model: nn.Module, loader: Any, name: str) -> Iterator[_Found]:
+    """Yield what is found in each image of a data set."""
+    with show_progress(len(loader), "Proposed regions for", name) as advance:
+        for batch in loader:
+            results = model.inference(batch, do_postprocess=False)
+            for item, result in zip(batch, results, strict=True):
+                height, width = result.image_size
+                boxes = result.proposal_boxes.clone()
+                boxes.scale(item["width"] / width, item["height"] / height)
+                yield str(item["image_id"]), boxes.tensor.cpu(), result.objectness_logits.cpu()
+            advance()
+
+
+def _counted(
+    found: Iterator[_Found], annotations: Mapping[str, list[dict]], counts: Tensor
+) -> Iterator[_Found]:
+    """Pass on what is found in each image, and add to the four numbers of ``ProposalSummary``."""
+    for image_id, boxes, logits in found:
+        counts += torch.tensor([1, len(boxes), *_coverage(boxes, annotations[image_id])])
+        yield image_id, boxes, logits
 
 
 def _coverage(boxes: Tensor, annotations: list[dict]) -> tuple[int, int]:
@@ -183,14 +198,16 @@ def _coverage(boxes: Tensor, annotations: list[dict]) -> tuple[int, int]:
     return len(objects), int((overlap >= _COVERED_IOU).sum())
 
 
-def _merge(file: Path, found: list[tuple[str, Tensor, Tensor]]) -> None:
-    """Write what all processes found into one file.
+def _write(file: Path, found: Iterator[_Found]) -> None:
+    """Write what all processes find into one file.
 
-    It passes through files because it may be gigabytes, too much for a message.
+    Between processes it passes through files because it may be gigabytes, too much for a message.
     """
+    if comm.get_world_size() == 1:
+        data.write_proposals(file, found)
+        return
     parts = [file.with_name(f".{file.name}.{rank}") for rank in range(comm.get_world_size())]
     data.write_proposals(parts[comm.get_rank()], found)
-    found.clear()
     comm.synchronize()
     if comm.is_main_process():
         opened = [data.ProposalFile(part) for part in parts]
