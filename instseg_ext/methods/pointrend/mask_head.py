@@ -235,13 +235,7 @@ def _point_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict
     return {
         "point_head": point_head,
         "point_features": node.IN_FEATURES,
-        "train_points": TrainPoints(
-            node.TRAIN_NUM_POINTS,
-            # the key is not one of detectron2's, whose function may have made the node
-            node.get("TRAIN_SAMPLING", "importance"),
-            node.OVERSAMPLE_RATIO,
-            node.IMPORTANCE_SAMPLE_RATIO,
-        ),
+        "train_points": TrainPoints.from_config(cfg),
         "subdivision": Subdivision.plan(
             cfg.MODEL.ROI_MASK_HEAD.OUTPUT_SIDE_RESOLUTION,
             node.SUBDIVISION_STEPS,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor
 
 from instseg_ext.config import check_choice
@@ -55,6 +56,18 @@ class TrainPoints:
     strategy: str = "importance"
     oversample_ratio: float = 3
     importance_ratio: float = 0.75
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> TrainPoints:
+        """Read ``MODEL.POINT_HEAD``; see ``__post_init__``."""
+        node = cfg.MODEL.POINT_HEAD
+        return cls(
+            node.TRAIN_NUM_POINTS,
+            # not one of detectron2's keys, whose function may have made the node
+            node.get("TRAIN_SAMPLING", "importance"),
+            node.OVERSAMPLE_RATIO,
+            node.IMPORTANCE_SAMPLE_RATIO,
+        )
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -112,13 +112,7 @@ class PointRendSemanticHead(nn.Module):
             "coarse_sem_seg_head": coarse,
             "point_head": point_head,
             "point_features": node.IN_FEATURES,
-            "train_points": TrainPoints(
-                node.TRAIN_NUM_POINTS,
-                # the key is not one of detectron2's, whose function may have made the node
-                node.get("TRAIN_SAMPLING", "importance"),
-                node.OVERSAMPLE_RATIO,
-                node.IMPORTANCE_SAMPLE_RATIO,
-            ),
+            "train_points": TrainPoints.from_config(cfg),
             "steps": node.SUBDIVISION_STEPS,
             "num_points": node.SUBDIVISION_NUM_POINTS,
             "coarse_stride": cfg.MODEL.SEM_SEG_HEAD.COMMON_STRIDE,
