@@ -215,13 +215,27 @@ class KeypointDatasetMapper(InstSegDatasetMapper):
         arguments = super().from_config(cfg, is_train, keep_crowd)
         return {**arguments, "flip_indices": _flip_indices(cfg)}
 
+    def __call__(self, dataset_dict: dict) -> dict | None:
+        """Map one image; ValueError if an object has other than no or three numbers a keypoint."""
+        expected = 3 * len(self.flip_indices)
+        for annotation in self.usable(dataset_dict.get("annotations") or []):
+            found = len(annotation.get("keypoints") or ())
+            if self.is_train and found not in (0, expected):
+                raise ValueError(
+                    f"Image {dataset_dict['file_name']} (image id "
+                    f"{dataset_dict.get('image_id', '?')}): an object has {found} numbers under "
+                    f"'keypoints', not {expected} (x, y and visibility of "
+                    f"{len(self.flip_indices)}); `instseg check-dataset` lists all such objects."
+                )
+        return super().__call__(dataset_dict)
+
     def further_fields(
         self, annotations: list[dict], transforms: T.TransformList, size_hw: tuple[int, int]
     ) -> dict[str, Any]:
         """Add the keypoints."""
         keypoints = np.zeros((len(annotations), len(self.flip_indices), 3))
         for row, annotation in enumerate(annotations):
-            if "keypoints" in annotation:
+            if annotation.get("keypoints"):
                 keypoints[row] = np.reshape(annotation["keypoints"], (-1, 3))
         moved = transform_keypoints(keypoints, transforms, size_hw, self.flip_indices)
         fields = super().further_fields(annotations, transforms, size_hw)

@@ -176,6 +176,19 @@ def test_keypoints_go_with_their_instances(cfg):
     assert instances.gt_keypoints.tensor.tolist() == [[[3, 2, 2], [0, 0, 0], [4, 3, 2]]]
 
 
+def test_another_number_of_keypoints_is_refused(cfg):
+    mapper = build_mapper(cfg, True)
+    sample = next(d for d in DatasetCatalog.get("keypoint_test") if d["image_id"] == 20)
+    dog = next(a for a in sample["annotations"] if "keypoints" in a)
+    for numbers in ([], None):
+        instances = mapper({**sample, "annotations": [{**dog, "keypoints": numbers}]})["instances"]
+        assert instances.gt_keypoints.tensor.tolist() == [[[0, 0, 0]] * 3]
+    for numbers in ([3, 4, 2], [3, 4, 2] * 5, [3, 4]):
+        message = rf"\(image id 20\): an object has {len(numbers)} numbers .* not 9 .* of 3\);"
+        with pytest.raises(ValueError, match=message):
+            mapper({**sample, "annotations": [{**dog, "keypoints": numbers}]})
+
+
 def test_images_without_keypoints_do_not_train(cfg):
     loader = iter(build_train_loader(cfg, build_mapper(cfg, True), seed=0))
     assert {sample["image_id"] for _ in range(6) for sample in next(loader)} == {20}
