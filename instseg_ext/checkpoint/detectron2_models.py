@@ -11,6 +11,11 @@ from instseg_ext.checkpoint.resnet_rules import ResNetFacts, resnet_facts
 __all__ = ["describe_model"]
 
 _SCHEDULES = "detectron2's schedules cannot be told apart: all of them are this model."
+# Of files that look like any other: detectron2's comparisons with Detectron.
+_OLD_REGIONS = (
+    "A file of detectron2's Detectron1-Comparisons looks the same and needs the keys "
+    "{keys}; with others it runs and loses accuracy."
+)
 # What the larger models change in the config of the smallest.
 _DEEPER: dict[ResNetFacts, tuple[Any, ...]] = {
     ResNetFacts(50): (),
@@ -48,6 +53,12 @@ _HEADS = {
     ),
 }
 _BOXES = ("boxes alone", "MaskRCNN/faster_rcnn_R_50_FPN_1x")
+# What detectron2 compared with Detectron, to the configs' nodes beside that of boxes.
+_OLD_HEADS = {
+    _BOXES[0]: (),
+    "masks": ("ROI_MASK_HEAD",),
+    "keypoints": ("ROI_KEYPOINT_HEAD",),
+}
 # Necks without a pyramid have a config for masks; that for boxes is the same without them.
 _C4, _DC5 = ("MaskRCNN/mask_rcnn_R_50_C4_1x", "MaskRCNN/mask_rcnn_R_50_DC5_1x")
 
@@ -81,15 +92,19 @@ def describe_model(shapes: Shapes) -> Variant:
                 f"{num_classes} classes are taken for those of {data}: a file of other data needs "
                 "--config.",
             )
+        elif neck.facts == ResNetFacts(50) and head in _OLD_HEADS:
+            notes += (_OLD_REGIONS.format(keys=_old_keys(head)),)
         fits = "roi_heads.box_head.fc2.weight" in shapes
     else:
         config = _C4 if neck.name == "C4" else _DC5
         fits = head in ("masks", _BOXES[0])
         fits &= neck.name == "C4" or "roi_heads.box_head.fc2.weight" in shapes
+    # Files of Fast R-CNN have no RPN: regions come from elsewhere, which no config provides for.
+    fits &= "proposal_generator.rpn_head.objectness_logits.weight" in shapes
     text = f"R-CNN, {neck.facts.text}, {neck.name or 'an unknown neck'}, {head}"
     if not fits or not neck.name or opts is None or num_classes is None:
         return Variant(text, num_classes=num_classes)
-    opts += _own_keys(shapes, neck, head)
+    opts += _own_keys(shapes, neck, head) + _agnostic_keys(shapes, head, num_classes)
     return Variant(text, config, opts, notes, num_classes)
 
 
@@ -124,6 +139,26 @@ def _own_keys(shapes: Shapes, neck: _Neck, head: str) -> tuple[Any, ...]:
         points = shapes[_HEADS[head][0]][1]
         return ("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", points) if points != 17 else ()
     return ()
+
+
+def _agnostic_keys(shapes: Shapes, head: str, num_classes: int) -> tuple[Any, ...]:
+    """Return the keys of predictors that have one box, or one mask, for all classes."""
+    opts: tuple[Any, ...] = ()
+    if num_classes == 1:
+        return opts
+    if shapes.get("roi_heads.box_predictor.bbox_pred.bias") == (4,):
+        opts += ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
+    if head == "masks" and shapes[_HEADS[head][0]][0] == 1:
+        opts += ("MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True)
+    return opts
+
+
+def _old_keys(head: str) -> str:
+    """Return the keys, as they are typed, for the regions of Detectron's models."""
+    return " ".join(
+        f"MODEL.{node}.POOLER_TYPE ROIAlign MODEL.{node}.POOLER_SAMPLING_RATIO 2"
+        for node in ("ROI_BOX_HEAD", *_OLD_HEADS[head])
+    )
 
 
 def _describe_semantic(shapes: Shapes) -> Variant:

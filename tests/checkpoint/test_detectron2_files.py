@@ -135,6 +135,10 @@ X101 = [
     "MODEL.RESNETS.DEPTH", 101, "MODEL.RESNETS.NUM_GROUPS", 32,
     "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.STRIDE_IN_1X1", False,
 ]  # fmt: skip
+AGNOSTIC = [
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True,
+    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,9 @@ X101 = [
         ("MaskRCNN/mask_rcnn_R_50_C4_1x", ["MODEL.MASK_ON", False]),
         ("MaskRCNN/faster_rcnn_R_50_FPN_1x", X101),
         ("MaskRCNN/keypoint_rcnn_R_50_FPN_1x", ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5]),
+        ("MaskRCNN/mask_rcnn_R_50_FPN_1x", AGNOSTIC),
+        ("MaskRCNN/faster_rcnn_R_50_FPN_1x", AGNOSTIC[:2]),
+        ("MaskRCNN/mask_rcnn_R_50_C4_1x", AGNOSTIC),
         ("MaskRCNN/mask_rcnn_R_50_FPN_cityscapes", []),
         ("MaskRCNN/mask_rcnn_R_50_FPN_1x_lvis_v0.5", []),
         ("MaskRCNN/mask_rcnn_R_50_FPN_1x_lvis_v1", []),
@@ -179,3 +186,24 @@ def test_a_model_that_no_config_describes():
     del shapes["sem_seg_head.predictor.weight"]
     assert describe(shapes).config == ""
     assert describe(shapes).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [
+        ("faster_rcnn_R_50_FPN_1x", ["BOX"]),
+        ("mask_rcnn_R_50_FPN_1x", ["BOX", "MASK"]),
+        ("keypoint_rcnn_R_50_FPN_1x", ["BOX", "KEYPOINT"]),
+    ],
+)
+def test_files_without_their_own_names(name, nodes):
+    """Fast R-CNN is no R-CNN with an RPN; Detectron1-Comparisons look like the others."""
+    describe = find_family("detectron2").describe
+    shapes = model_shapes(instseg_ext.get_config(f"MaskRCNN/{name}"))
+    (note,) = [n for n in describe(shapes).notes if "Detectron1-Comparisons" in n]
+    for node in nodes:
+        key = f"MODEL.ROI_{node}_HEAD.POOLER"
+        assert f"{key}_TYPE ROIAlign {key}_SAMPLING_RATIO 2" in note
+    assert note.count("POOLER_TYPE") == len(nodes)
+    fast = {key: shape for key, shape in shapes.items() if "proposal_generator" not in key}
+    assert describe(fast).config == ""
