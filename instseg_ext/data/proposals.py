@@ -48,7 +48,7 @@ def write_proposals(
 ) -> None:
     """Write the proposals of a data set's images.
 
-    All of them are held in memory, once.
+    All of them are held in memory until the file is complete.
 
     Args:
         path: appears when it is complete; an existing file is replaced.
