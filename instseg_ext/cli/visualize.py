@@ -245,7 +245,10 @@ def _pictures(args: argparse.Namespace, cfg: CfgNode) -> Sequence[FigurePicture]
     else:
         from detectron2.data import DatasetCatalog
 
+        from instseg_ext.data.foreign import require_packages
+
         name = _dataset_name(args, cfg)
         data.ensure_files(name)
+        require_packages(name)
         entries = [(e["file_name"], e.get("annotations")) for e in DatasetCatalog.get(name)]
     return _Pictures(entries[: args.count or None])

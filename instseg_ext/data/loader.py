@@ -20,6 +20,7 @@ from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampl
 from detectron2.utils import comm
 from torch.utils import data
 
+from instseg_ext.data.foreign import require_packages
 from instseg_ext.data.proposals import ProposalMapper, assign_proposals
 from instseg_ext.data.registration import is_semantic
 from instseg_ext.data.semantic import check_annotation_kind
@@ -289,6 +290,7 @@ def load_training_dicts(
         )
     dicts, classes = [], None
     for name in names:
+        require_packages(name)
         dicts += DatasetCatalog.get(name)
         metadata = MetadataCatalog.get(name)
         these = list(metadata.stuff_classes if is_semantic(name) else metadata.thing_classes)
@@ -342,8 +344,8 @@ def build_test_loader(
             "MODEL.LOAD_PROPOSALS is for training only: give the model a proposal generator and "
             "turn the key off to evaluate it."
         )
-    dicts = DatasetCatalog.get(dataset_name)
-    dicts = dicts if limit is None else dicts[:limit]
+    require_packages(dataset_name)
+    dicts = DatasetCatalog.get(dataset_name)[:limit]
     if not dicts:
         raise ValueError(f"Data set {dataset_name!r} has no image to test on.")
     return build_inference_loader(cfg, dicts, mapper)

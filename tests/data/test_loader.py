@@ -1,5 +1,7 @@
 import itertools
 import random
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from instseg_ext.cli import visualize
 from instseg_ext.config import add_shared_config
 from instseg_ext.data import (
     InstSegDatasetMapper,
@@ -295,6 +298,26 @@ def test_what_is_trained_on(cfg, shapes, tmp_path):
         DatasetCatalog.remove("other_classes")
 
 
+def test_a_missing_package_is_named_before_the_set_is_read(cfg, monkeypatch):
+    def read():
+        raise ModuleNotFoundError("No module named 'lvis'")
+
+    monkeypatch.setitem(sys.modules, "lvis", None)  # as if it were not installed
+    try:
+        DatasetCatalog.register("foreign", read)
+        MetadataCatalog.get("foreign").set(evaluator_type="lvis", thing_classes=["x"])
+        message = r"'foreign' needs the package lvis: pip install"
+        with pytest.raises(ImportError, match=message):
+            load_training_dicts(["foreign"])
+        with pytest.raises(ImportError, match=message):
+            build_test_loader(cfg, "foreign", build_mapper(cfg, False))
+        with pytest.raises(ImportError, match=message):
+            visualize._pictures(SimpleNamespace(input=None, dataset="foreign", count=1), cfg)
+    finally:
+        DatasetCatalog.remove("foreign")
+        MetadataCatalog.remove("foreign")
+
+
 def test_test_loader_gives_each_image_once(cfg):
     batches = list(build_test_loader(cfg, "small_shapes", build_mapper(cfg, False)))
     assert [[s["image_id"] for s in b] for b in batches] == [[i] for i in range(1, 11)]
@@ -305,8 +328,6 @@ def test_test_loader_gives_each_image_once(cfg):
 
 
 def test_pictures_of_samples(cfg, tmp_path):
-    from types import SimpleNamespace
-
     import cv2
 
     from instseg_ext.visualization.data import draw_training_samples
