@@ -18,14 +18,18 @@ def environment(**more):
     return {**env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def start(*command, **env):
-    """Start ``python command...`` with its output in a pipe."""
+def start(*command, own_group=False, **env):
+    """Start ``python command...`` with its output in a pipe.
+
+    With ``own_group`` it and all processes that it starts can be killed by ``os.killpg``.
+    """
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=environment(**env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=own_group,
     )
 
 

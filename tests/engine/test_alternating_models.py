@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -90,13 +91,13 @@ def test_every_two_stage_method(shapes, tmp_path, monkeypatch, name):
 def test_two_processes_killed_and_resumed(shapes, tmp_path):
     """SIGKILL of all of them in step 2; every image has its proposals once."""
     argv = ["-m", "instseg_ext.cli.main", *command(shapes, tmp_path, "FPN", "--num-gpus", "2")]
-    process = start(*argv)
+    process = start(*argv, own_group=True)
     limit = time.monotonic() + 200
     while not (tmp_path / "step2" / "config.yaml").is_file():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     log = finish(*argv, "--resume")
     assert "Step 1 of 4: RPN" not in log
