@@ -5,6 +5,8 @@ Shapes: N maps, C channels, H x W cells, R regions, P_h x P_w bins, S samples al
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ROIAlign
@@ -43,9 +45,10 @@ class RowROIAlign(ROIAlign):
         (x, y), (w, h) = low.unbind(dim=1), size.unbind(dim=1)
         rows, row_weights = self._taps(y, h, self.output_size[0], height)
         columns, column_weights = self._taps(x, w, self.output_size[1], width)
-        rows = rows + rois[:, :1, None].long() * height
-        cells = rows[:, :, None, :, None] * width + columns[:, None, :, None, :]
-        weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
+        rows = rows + rois[:, :1, None, None].long() * height
+        # (R, P_h, P_w, S, S, 2, 2): summed sample by sample, as the operator does
+        cells = _pairs(rows * width, columns, torch.add)
+        weights = _pairs(row_weights, column_weights, torch.mul)
         table = input.permute(0, 2, 3, 1).flatten(0, 2)
         num = 4 * self.sampling_ratio**2
         pooled = F.embedding_bag(
@@ -74,7 +77,7 @@ class RowROIAlign(ROIAlign):
             limit: number of cells.
 
         Returns:
-            (R, bins, 2 S) int64 cells and float32 weights, whose sum is 1 inside the map.
+            (R, bins, S, 2) int64 cells and float32 weights, whose sum is 1 inside the map.
         """
         samples = self.sampling_ratio
         steps = torch.arange(bins * samples, dtype=torch.float32, device=start.device)
@@ -90,4 +93,10 @@ class RowROIAlign(ROIAlign):
         near = lower.nan_to_num()
         cells = torch.stack([near, (near + 1).clamp(max=limit - 1)], dim=2).long()
         weights = torch.stack([1 - share, share], dim=2) * (inside / samples)[:, :, None]
-        return cells.view(-1, bins, 2 * samples), weights.view(-1, bins, 2 * samples)
+        shape = (-1, bins, samples, 2)
+        return cells.view(shape), weights.view(shape)
+
+
+def _pairs(down: Tensor, across: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Join (R, P_h, S, 2) and (R, P_w, S, 2) to (R, P_h, P_w, S, S, 2, 2)."""
+    return join(down[:, :, None, :, None, :, None], across[:, None, :, None, :, None, :])

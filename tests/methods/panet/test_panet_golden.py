@@ -154,7 +154,7 @@ def test_detections(case):
     assert len(found) == golden.DETECTIONS
     # No two scores are so close that the order could differ.
     assert torch.equal(found.pred_classes, expected["classes"].long())
-    torch.testing.assert_close(found.scores, expected["scores"], rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.scores, expected["scores"], rtol=0, atol=1e-5)
     boxes = add_last_pixel(found.pred_boxes.tensor, -1.0)
     torch.testing.assert_close(boxes, expected["boxes"], rtol=0, atol=5e-3)
     if not case.variant.masks:
