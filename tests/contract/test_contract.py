@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 
 import instseg_ext
 from instseg_ext import zoo
+from instseg_ext.checkpoint import model_shapes
 
 SCENES = {
     "objects": [
@@ -32,14 +33,9 @@ SCENES = {
 }
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def case(request):
     return request.param
-
-
-@pytest.fixture
-def model(case):
-    return build_model(case.cfg())
 
 
 def low_thresholds(cfg):
@@ -52,10 +48,32 @@ def low_thresholds(cfg):
     return cfg
 
 
+def built(cfg):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_model(cfg)
+
+
+# Drawing the weights takes longer than most tests: it is done once, and every test gets a copy.
+@pytest.fixture(scope="module")
+def first_model(case):
+    return built(case.cfg())
+
+
+@pytest.fixture(scope="module")
+def first_eager_model(case):
+    return built(low_thresholds(case.cfg()))
+
+
 @pytest.fixture
-def eager_model(case):
+def model(first_model):
+    return copy.deepcopy(first_model)
+
+
+@pytest.fixture
+def eager_model(first_eager_model):
     """A model whose thresholds let the untrained scores through."""
-    return build_model(low_thresholds(case.cfg())).eval()
+    return copy.deepcopy(first_eager_model).eval()
 
 
 @pytest.mark.parametrize("scene", SCENES)
@@ -157,15 +175,14 @@ def test_bf16_on_cpu(case):
     assert instances.pred_boxes.tensor.dtype is torch.float32
 
 
-def test_memory_formats_agree(case):
-    last = build_model(low_thresholds(case.cfg())).eval()
+def test_memory_formats_agree(case, eager_model):
     first = build_model(low_thresholds(case.cfg("INSTSEG.MEMORY_FORMAT", "contiguous"))).eval()
-    first.load_state_dict(last.state_dict())
+    first.load_state_dict(eager_model.state_dict())
     sample = blobs(64, 64, [(4, 4, 30, 30)])
     with torch.no_grad():
-        a, b = last([sample])[0]["instances"], first([sample])[0]["instances"]
+        a, b = eager_model([sample])[0]["instances"], first([sample])[0]["instances"]
     torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
-    weights = [p for p in last.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    weights = [p for p in eager_model.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
     assert weights
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
 
@@ -187,8 +204,7 @@ def test_dumped_config_builds_the_same_model(case, tmp_path):
     again = instseg_ext.get_config(str(file))
     # As plain data: a file cannot tell tuples from lists.
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
-    shapes = {k: v.shape for k, v in build_model(cfg).state_dict().items()}
-    assert {k: v.shape for k, v in build_model(again).state_dict().items()} == shapes
+    assert model_shapes(again) == model_shapes(cfg)
 
 
 def test_training_step_is_deterministic(case):
@@ -204,23 +220,23 @@ def test_training_step_is_deterministic(case):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_default_predictor_in_a_plain_script(case, tmp_path):
+def test_default_predictor_in_a_plain_script(case, eager_model, tmp_path):
     """``get_cfg``, one call, detectron2's own predictor: the same detections as the model's."""
     source = tmp_path / "config.yaml"
     source.write_text(low_thresholds(case.cfg()).dump())
     cfg = get_cfg()
     instseg_ext.add_instseg_config(cfg)
     cfg.merge_from_file(str(source))
-    model = build_model(cfg).eval()
     weights = tmp_path / "model.pth"
-    torch.save({"model": model.state_dict()}, weights)
+    torch.save({"model": eager_model.state_dict()}, weights)
     cfg.MODEL.WEIGHTS = str(weights)
     predictor = DefaultPredictor(cfg)
     image = blobs(64, 64, [(4, 4, 30, 30)])["image"]
     instances = predictor(image.permute(1, 2, 0).numpy())["instances"]
     ordered = image.flip(0) if cfg.INPUT.FORMAT == "RGB" else image
+    sample = {"image": ordered.float(), "height": 64, "width": 64}
     with torch.no_grad():
-        expected = model([{"image": ordered.float(), "height": 64, "width": 64}])[0]["instances"]
+        expected = eager_model([sample])[0]["instances"]
     assert torch.equal(instances.scores, expected.scores)
     assert torch.equal(instances.pred_masks, expected.pred_masks)
 
