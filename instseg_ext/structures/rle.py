@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 __all__ = [
     "decode_masks",
+    "encode_crops",
     "encode_masks",
     "encode_runs",
     "is_rle",
@@ -53,7 +54,24 @@ def encode_masks(masks: torch.Tensor | np.ndarray) -> list[dict[str, Any]]:
     height, width = stack.shape[1:]
     if len(stack) == 0 or height == 0 or width == 0:
         return [{"size": [height, width], "counts": ""} for _ in stack]
-    return _compress([_run_lengths(mask) for mask in stack], height, width)
+    return encode_crops(stack, (0, 0), (height, width))
+
+
+def encode_crops(
+    crops: np.ndarray, corner: tuple[int, int], size_hw: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Encode masks of which a part of the image is given, the rest being background.
+
+    Args:
+        crops: (N, h, w) bool, a part of positive size that lies in the image.
+        corner: its left and top pixel.
+        size_hw: (H, W) of the image.
+
+    Returns:
+        As ``encode_masks``.
+    """
+    lengths = [_run_lengths(crop, corner, size_hw) for crop in crops]
+    return _compress(lengths, *size_hw) if lengths else []
 
 
 def encode_runs(runs: np.ndarray, num: int, size_hw: tuple[int, int]) -> list[dict[str, Any]]:
@@ -89,21 +107,23 @@ def _compress(lengths: list[np.ndarray], height: int, width: int) -> list[dict[s
     return encoded
 
 
-def _run_lengths(mask: np.ndarray) -> np.ndarray:
-    """Give alternating run lengths, background first, of one (H, W) bool mask by column."""
-    height, width = mask.shape
-    box = tight_box(mask)
+def _run_lengths(
+    crop: np.ndarray, corner: tuple[int, int], size_hw: tuple[int, int]
+) -> np.ndarray:
+    """Give alternating run lengths, background first, of one (h, w) bool crop by column."""
+    height, width = size_hw
+    box = tight_box(crop)
     if box is None:
         return np.array([height * width], dtype=np.int64)
     left, top, right, bottom = box
-    change = _column_changes(mask[top:bottom, left:right])
+    change = _column_changes(crop[top:bottom, left:right])
     column, row = np.divmod(change, bottom - top + 1)
     # A run that reaches the foot of the box ends where the next padded column begins (row 0): row -
     # 1 = -1 must become "bottom of the previous column".
     at_foot = row == 0
     column = column - at_foot
     row = np.where(at_foot, bottom - top, row - 1)
-    position = (column + left) * height + row + top
+    position = (column + left + corner[0]) * height + row + top + corner[1]
     if bottom - top == height:
         position = _merge_touching(position)
     bounds = np.concatenate(([0], position, [height * width]))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from instseg_ext.structures.rle import decode_masks, encode_masks, is_rle
+from instseg_ext.structures.rle import decode_masks, encode_crops, encode_masks, is_rle
 
 
 def _oracle(mask: np.ndarray) -> dict:
@@ -49,6 +49,16 @@ def test_random_masks_equal_pycocotools_and_round_trip():
         assert np.array_equal(decode_masks(encoded), masks)
         by_column = torch.from_numpy(np.ascontiguousarray(masks.transpose(0, 2, 1)))
         assert encode_masks(by_column.transpose(1, 2)) == encoded
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (3, 2), (5, 4)])
+def test_crops_are_encoded_as_whole_masks_are(corner):
+    size, crops = (11, 10), np.stack(list(_cases().values()))
+    left, top = corner
+    whole = np.zeros((len(crops), *size), dtype=bool)
+    whole[:, top : top + crops.shape[1], left : left + crops.shape[2]] = crops
+    assert encode_crops(crops, corner, size) == encode_masks(whole)
+    assert encode_crops(crops[:0], corner, size) == []
 
 
 def test_no_masks_and_wrong_shape():
