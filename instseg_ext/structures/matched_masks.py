@@ -12,7 +12,7 @@ from detectron2.layers import ROIAlign
 from detectron2.structures import BitMasks
 from torch import Tensor
 
-__all__ = ["MatchedBitMasks"]
+__all__ = ["MatchedBitMasks", "as_matched_masks"]
 
 
 class MatchedBitMasks:
@@ -88,3 +88,22 @@ class MatchedBitMasks:
             maps = self.masks[used].to(torch.float32)[:, None]
             cropped = ROIAlign((mask_size, mask_size), 1.0, 0, aligned=True)(maps, rois)
         return cropped.squeeze(1) >= 0.5
+
+
+def as_matched_masks(masks: object) -> MatchedBitMasks:
+    """Return ground-truth masks as ``MatchedBitMasks``.
+
+    Args:
+        masks: ``gt_masks`` of the objects of an image or of its sampled regions.
+
+    Raises:
+        ValueError: if they are not bit masks.
+    """
+    if isinstance(masks, MatchedBitMasks):
+        return masks
+    if isinstance(masks, BitMasks):
+        return MatchedBitMasks(masks)
+    raise ValueError(
+        f"Labels are read from bit masks, not {type(masks).__name__}: with detectron2's mapper set "
+        "INPUT.MASK_FORMAT to bitmask."
+    )

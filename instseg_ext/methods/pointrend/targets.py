@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import BitMasks, Instances
+from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from instseg_ext.layers.point_sample import points_in_boxes, sample_masks
-from instseg_ext.structures.matched_masks import MatchedBitMasks
+from instseg_ext.structures.matched_masks import as_matched_masks
 
 __all__ = ["LOG_PERIOD", "point_labels", "point_loss"]
 
@@ -40,21 +40,10 @@ def point_labels(proposals: Sequence[Instances], points: Tensor) -> Tensor:
     labels = [points.new_zeros((0, points.shape[1]))]
     for proposal, inside in zip(proposals, points.split(counts), strict=True):
         if len(proposal):
-            masks = _shared_masks(proposal.gt_masks)
+            masks = as_matched_masks(proposal.gt_masks)
             at = points_in_boxes(proposal.proposal_boxes.tensor, inside)
             labels.append(sample_masks(masks.masks, masks.index, at))
     return torch.cat(labels)
-
-
-def _shared_masks(masks: object) -> MatchedBitMasks:
-    if isinstance(masks, MatchedBitMasks):
-        return masks
-    if isinstance(masks, BitMasks):
-        return MatchedBitMasks(masks)
-    raise ValueError(
-        f"PointRend reads labels from bit masks, not {type(masks).__name__}: with detectron2's "
-        "mapper set INPUT.MASK_FORMAT to bitmask."
-    )
 
 
 def point_loss(logits: Tensor, labels: Tensor) -> Tensor:
