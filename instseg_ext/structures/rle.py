@@ -107,9 +107,7 @@ def _compress(lengths: list[np.ndarray], height: int, width: int) -> list[dict[s
     return encoded
 
 
-def _run_lengths(
-    crop: np.ndarray, corner: tuple[int, int], size_hw: tuple[int, int]
-) -> np.ndarray:
+def _run_lengths(crop: np.ndarray, corner: tuple[int, int], size_hw: tuple[int, int]) -> np.ndarray:
     """Give alternating run lengths, background first, of one (h, w) bool crop by column."""
     height, width = size_hw
     box = tight_box(crop)
