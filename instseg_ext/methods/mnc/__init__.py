@@ -1,0 +1,1 @@
+"""MNC: multi-task network cascades (arXiv:1512.04412)."""
