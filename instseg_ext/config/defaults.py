@@ -85,6 +85,9 @@ def add_shared_config(cfg: CfgNode) -> None:
     # masks by the smaller one of mask IoU and boundary IoU (arXiv:2103.16562). Needs
     # faster-coco-eval.
     _C.INSTSEG.BOUNDARY_AP = False
+    # Evaluation of COCO-style data sets also gives AP of regions as SDS, MNC and FCIS report it
+    # (task "map_r": mAP50, mAP70, mAPvol). The data sets sbd_* and voc_2012_inst_* always do.
+    _C.INSTSEG.MAP_R = False
 
     # Exponential moving average of the weights; evaluation uses it when enabled.
     _C.INSTSEG.EMA = CfgNode()

@@ -10,11 +10,14 @@ from instseg_ext.evaluation.coco_ap import (
 from instseg_ext.evaluation.progress import show_progress
 from instseg_ext.evaluation.report import write_json
 from instseg_ext.evaluation.runner import evaluate, inference_mode, run_inference
+from instseg_ext.evaluation.sbd import InstSegSBDEvaluator
 from instseg_ext.evaluation.timing import STAGES, StageTimer, stage_modules
+from instseg_ext.evaluation.voc_ap import region_average_precision
 
 __all__ = [
     "STAGES",
     "InstSegCOCOEvaluator",
+    "InstSegSBDEvaluator",
     "StageTimer",
     "average_precision",
     "average_precision_backend",
@@ -23,6 +26,7 @@ __all__ = [
     "inference_mode",
     "instances_to_results",
     "load_ground_truth",
+    "region_average_precision",
     "run_inference",
     "show_progress",
     "stage_modules",

@@ -18,6 +18,7 @@ from instseg_ext.evaluation.cityscapes import (
 )
 from instseg_ext.evaluation.coco import InstSegCOCOEvaluator
 from instseg_ext.evaluation.lvis import SeenLVISEvaluator
+from instseg_ext.evaluation.sbd import InstSegSBDEvaluator
 
 __all__ = ["build_evaluator"]
 
@@ -35,10 +36,10 @@ def build_evaluator(
     """Build the evaluator named by the data set's ``evaluator_type``.
 
     Args:
-        cfg: read for ``TEST.KEYPOINT_OKS_SIGMAS`` and ``INSTSEG.BOUNDARY_AP``.
+        cfg: read for ``TEST.KEYPOINT_OKS_SIGMAS``, ``INSTSEG.BOUNDARY_AP`` and ``INSTSEG.MAP_R``.
         dataset_name: registered data set.
         method_hints: ``Method.evaluator_hints``; ``segm_score_field`` names the field that ranks
-            masks.
+            masks, ``map_r_rule`` the rule of the headline of AP^r (see ``InstSegSBDEvaluator``).
         output_dir: folder for result files, or ``None``.
         seen_images_only: judge the images that the evaluator is given instead of all of the data
             set's.
@@ -51,25 +52,28 @@ def build_evaluator(
         ImportError: if the evaluator needs a package that is not installed.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind in ("coco", "coco_panoptic_seg"):
+    if kind in _COCO_STYLE:
         if kind == "coco_panoptic_seg":
             # The other parts need outputs that instance models do not have.
             logger.warning("%s is panoptic; only its instances are evaluated.", dataset_name)
-        return InstSegCOCOEvaluator(
-            dataset_name,
-            output_dir,
-            segm_score_field=method_hints.get("segm_score_field"),
-            seen_images_only=seen_images_only,
-            keypoint_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
-            boundary=cfg.INSTSEG.BOUNDARY_AP,
-        )
+        options = {
+            "segm_score_field": method_hints.get("segm_score_field"),
+            "seen_images_only": seen_images_only,
+            "keypoint_sigmas": tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+            "boundary": cfg.INSTSEG.BOUNDARY_AP,
+        }
+        if kind == "sbd" or cfg.INSTSEG.MAP_R:
+            rule = method_hints.get("map_r_rule", "voc")
+            return InstSegSBDEvaluator(dataset_name, output_dir, rule=rule, **options)
+        return InstSegCOCOEvaluator(dataset_name, output_dir, **options)
     if kind in _FOREIGN:
-        if cfg.INSTSEG.BOUNDARY_AP:
-            logger.warning("INSTSEG.BOUNDARY_AP has no effect on %s, type %s.", dataset_name, kind)
+        for key in ("BOUNDARY_AP", "MAP_R"):
+            if cfg.INSTSEG[key]:
+                logger.warning("INSTSEG.%s has no effect on %s, type %s.", key, dataset_name, kind)
         require_packages(dataset_name)
         folder = None if output_dir is None else str(output_dir)
         return _FOREIGN[kind](dataset_name, folder, seen_images_only)
-    known = ", ".join(sorted(["coco", "coco_panoptic_seg", *_FOREIGN]))
+    known = ", ".join(sorted([*_COCO_STYLE, *_FOREIGN]))
     raise ValueError(
         f"Data set {dataset_name!r} has evaluator type {kind!r}, known are {known}; "
         f"set MetadataCatalog.get({dataset_name!r}).evaluator_type."
@@ -95,6 +99,7 @@ def _cityscapes_semantic(name: str, _output_dir: str | None, seen_only: bool) ->
     return InstSegCityscapesSemSegEvaluator(name, seen_images_only=seen_only)
 
 
+_COCO_STYLE = ("coco", "coco_panoptic_seg", "sbd")
 _FOREIGN: dict[str, Callable[[str, str | None, bool], DatasetEvaluator]] = {
     "lvis": _lvis,
     "sem_seg": _sem_seg,

@@ -30,7 +30,7 @@ from instseg_ext.evaluation.coco_ap import (
 from instseg_ext.evaluation.report import write_json
 from instseg_ext.structures.rle import encode_masks
 
-__all__ = ["InstSegCOCOEvaluator", "instances_to_results"]
+__all__ = ["InstSegCOCOEvaluator", "instances_to_results", "ranked_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,19 +148,25 @@ class InstSegCOCOEvaluator(DatasetEvaluator):
                 self._dataset_name,
             )
             return OrderedDict()
+        seen = [record["image_id"] for record in records] if self._seen_images_only else None
+        return self._measure(results, self._tasks(records), seen)
+
+    def _measure(
+        self, results: Sequence[Mapping[str, Any]], tasks: Sequence[str], seen: list[int] | None
+    ) -> OrderedDict[str, dict[str, float]]:
+        """Compute the metrics of every task, on the images ``seen`` unless it is ``None``."""
         backend = average_precision_backend()
         if backend == "pycocotools":
             logger.info(
                 "faster-coco-eval is not installed; pycocotools computes AP (same numbers, slower)."
             )
-        seen = [record["image_id"] for record in records]
         scores: OrderedDict[str, dict[str, float]] = OrderedDict()
-        for task in self._tasks(records):
+        for task in tasks:
             summary, per_class = average_precision(
                 self._dataset,
-                _ranked_for(task, results),
+                ranked_for(task, results),
                 task,
-                image_ids=seen if self._seen_images_only else None,
+                image_ids=seen,
                 backend=backend,
                 keypoint_sigmas=self._keypoint_sigmas,
                 max_detections=self._max_detections,
@@ -224,8 +230,8 @@ def _category_ids(metadata: Any, dataset: Mapping[str, Any]) -> list[int]:
     return [category_id for category_id, _ in sorted(mapping.items(), key=lambda item: item[1])]
 
 
-def _ranked_for(task: str, results: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Replace ``score`` by ``mask_score`` for masks where there is one."""
+def ranked_for(task: str, results: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Copy results for a task; of masks, ``mask_score`` becomes the score where there is one."""
     if task not in MASK_TASKS:
         return results
     return [{**r, "score": r["mask_score"]} if "mask_score" in r else r for r in results]

@@ -30,6 +30,7 @@ from instseg_ext.structures.rle import segmentation_rle
 __all__ = [
     "average_precision",
     "average_precision_backend",
+    "category_names",
     "load_ground_truth",
     "normalise_ground_truth",
 ]
@@ -45,7 +46,7 @@ METRICS = {
 
 
 # Tasks that compare masks.
-MASK_TASKS = ("segm", "boundary")
+MASK_TASKS = ("segm", "boundary", "map_r")
 
 
 def average_precision_backend() -> str:
@@ -186,7 +187,7 @@ def average_precision(
         run.evaluate()
         run.accumulate()
     precision = np.asarray(run.eval["precision"])
-    names = _category_names(dataset["categories"])
+    names = category_names(dataset["categories"])
     per_class = {
         names[category_id]: _mean(precision[:, :, index, 0, -1])
         for index, category_id in enumerate(run.params.catIds)
@@ -204,8 +205,8 @@ def _check_sigmas(sigmas: Sequence[float], annotations: Sequence[Mapping[str, An
         )
 
 
-def _category_names(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Name each category; a name that several share gets the id behind it."""
+def category_names(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """Name each category by its id; a name that several share gets the id behind it."""
     names = {category["id"]: str(category.get("name", category["id"])) for category in categories}
     count = Counter(names.values())
     return {i: name if count[name] == 1 else f"{name} ({i})" for i, name in names.items()}

@@ -90,11 +90,23 @@ def _cell(value: float | None) -> str:
 
 
 def metric_table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """Lay out one row per task and one column per metric, without the per-class values."""
-    plain = {task: {k: v for k, v in m.items() if "-" not in k} for task, m in scores.items()}
-    columns = list(dict.fromkeys(name for metrics in plain.values() for name in metrics))
+    """Lay out one row per task and one column per metric, without the per-class values.
+
+    Tasks that have no metric in common with those before get a table of their own below.
+    """
+    tables: list[dict[str, dict[str, float]]] = []
+    for task, metrics in scores.items():
+        plain = {name: value for name, value in metrics.items() if "-" not in name}
+        if not tables or not any(plain.keys() & other for other in tables[-1].values()):
+            tables.append({})
+        tables[-1][task] = plain
+    return "\n\n".join(_metric_table(table) for table in tables)
+
+
+def _metric_table(table: Mapping[str, Mapping[str, float]]) -> str:
+    columns = list(dict.fromkeys(name for metrics in table.values() for name in metrics))
     rows = [
-        [task, *(_cell(metrics.get(name)) for name in columns)] for task, metrics in plain.items()
+        [task, *(_cell(metrics.get(name)) for name in columns)] for task, metrics in table.items()
     ]
     return tabulate(rows, headers=["task", *columns], tablefmt="github", disable_numparse=True)
 
