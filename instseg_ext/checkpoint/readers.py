@@ -1,8 +1,9 @@
 """Read weight files without running the code they may contain.
 
 ``.pth .pt .pyth .bin`` through torch's weights-only unpickler (plain numpy arrays are allowed),
-``.safetensors``, and ``.pkl`` (detectron2's model zoo) through an unpickler that knows numpy arrays
-and builtin containers and nothing else.
+``.safetensors``, ``.pkl`` (detectron2's model zoo) through an unpickler that knows numpy arrays and
+builtin containers and nothing else, and ``.caffemodel`` through protobuf. HDF5 of Caffe and the
+``.params`` of MXNet are known by their first bytes, whatever the file is called.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 
+from instseg_ext.checkpoint.caffe_files import HDF5_MAGIC, read_caffe_hdf5, read_caffemodel
+from instseg_ext.checkpoint.mxnet_files import MXNET_MAGIC, read_mxnet
 from instseg_ext.checkpoint.pickles import load_restricted, torch_safe_globals
 
 __all__ = ["fetch_weights", "read_metadata", "read_weights"]
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".pyth", ".bin")
+_READERS_BY_MAGIC = {HDF5_MAGIC: read_caffe_hdf5, MXNET_MAGIC: read_mxnet}
+# What files of other frameworks are called, and what they then are.
+_MARKED_SUFFIXES = {".h5": "HDF5", ".hdf5": "HDF5", ".params": "file of MXNet"}
 _REMEDY = "if you trust its source, pass --unsafe, which lets it run code while it is read"
 # What damaged or foreign content raises in pickle, zipfile and torch.
 _READ_ERRORS = (
@@ -81,10 +87,22 @@ def read_weights(path: str, unsafe: bool = False) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the format is unknown, damaged, or needs ``unsafe``.
+        ImportError: if the format needs a package that is not installed.
     """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"the weights {path} do not exist.")
+    with open(file, "rb") as stream:
+        read = _READERS_BY_MAGIC.get(stream.read(8))
+    if read is not None:
+        return {"model": read(file)}
+    if file.suffix in _MARKED_SUFFIXES:
+        raise ValueError(
+            f"{path} is no {_MARKED_SUFFIXES[file.suffix]}: it is damaged, not completely "
+            "downloaded, or misnamed."
+        )
+    if file.suffix == ".caffemodel":
+        return {"model": read_caffemodel(file)}
     if file.suffix == ".pkl":
         return _unwrap_pickle(_read_pickle(file, unsafe), file)
     if file.suffix == ".safetensors":
@@ -92,7 +110,7 @@ def read_weights(path: str, unsafe: bool = False) -> dict[str, Any]:
     if file.suffix not in _TORCH_SUFFIXES:
         raise ValueError(
             f"{path} has an unknown suffix: weights are {', '.join(_TORCH_SUFFIXES)}, "
-            ".safetensors or .pkl."
+            ".safetensors, .pkl, .caffemodel, .h5 or .params."
         )
     return _unwrap_torch(_read_torch(file, unsafe), file)
 
