@@ -1,0 +1,72 @@
+"""Parts of ResNets for score maps: dilated stages, the first stem, norms with a learned scale.
+
+The codes of R-FCN and FCIS share them. Parameter names are those of detectron2's ResNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BasicStem
+from torch import Tensor, nn
+
+__all__ = ["FixedBatchNorm2d", "UnpaddedStem", "dilate_stage", "learn_affine"]
+
+
+class FixedBatchNorm2d(FrozenBatchNorm2d):
+    """Batch norm with fixed statistics whose scale and shift are learned.
+
+    Starts as the identity. State dict keys are those of ``FrozenBatchNorm2d``.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        """See ``FrozenBatchNorm2d``."""
+        super().__init__(num_features, eps)
+        for name in ("weight", "bias"):
+            value = getattr(self, name)
+            delattr(self, name)
+            setattr(self, name, nn.Parameter(value))
+
+
+def learn_affine(module: nn.Module) -> None:
+    """Put a ``FixedBatchNorm2d`` in the place of every new ``FrozenBatchNorm2d``.
+
+    Args:
+        module: not loaded yet; changed in place.
+    """
+    for name, child in module.named_children():
+        if type(child) is FrozenBatchNorm2d:
+            setattr(module, name, FixedBatchNorm2d(child.num_features, child.eps))
+        else:
+            learn_affine(child)
+
+
+class UnpaddedStem(BasicStem):
+    """detectron2's stem with the max pooling of the first ResNets.
+
+    The windows begin at the first pixel and the last one may be cut off; detectron2's begin one
+    pixel before. Maps are of the same size up to one cell, but the grid is shifted.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C_out, about H / 4, about W / 4)."""
+        x = F.relu_(self.conv1(x))
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=0, ceil_mode=True)
+
+
+def dilate_stage(blocks: Iterable[CNNBlockBase], dilation: int) -> None:
+    """Give the 3x3 convolutions of a stage a dilation and take away the stage's stride.
+
+    Args:
+        blocks: basic or bottleneck blocks, changed in place.
+        dilation: of all of them, also the first one's.
+    """
+    for block in blocks:
+        block.stride = 1
+        for conv in block.modules():
+            if isinstance(conv, Conv2d):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (dilation, dilation)
