@@ -67,7 +67,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build SGD or AdamW with the parameter groups that ``SOLVER`` asks for.
 
     ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` replace the weight decay of their parameters;
-    ``BIAS_LR_FACTOR`` and, where the config has it, ``BACKBONE_MULTIPLIER`` multiply the rate.
+    ``BIAS_LR_FACTOR`` and, where the config has it, ``BACKBONE_MULTIPLIER`` multiply the rate, and
+    so does ``lr_factor`` of a module, an attribute, for all parameters in it.
     ``INSTSEG.NORM_BIASES_ARE_BIASES`` says which of them hold for biases of normalisation layers.
     ``SOLVER.CLIP_GRADIENTS`` clips per parameter, as in detectron2.
 
@@ -106,10 +107,13 @@ def _parameter_groups(cfg: CfgNode, model: nn.Module, rate: float) -> list[dict[
             if isinstance(module, _NORMS) and module.bias is not None and module.bias.requires_grad
         }
 
+    of_modules = _module_factors(model)
+
     def factor(name: str) -> float:
         is_bias = name.rpartition(".")[2] == "bias" and name not in norm_biases
         of_bias = solver.BIAS_LR_FACTOR if is_bias else 1.0
-        return of_bias * (backbone if name.startswith("backbone.") else 1.0)
+        of_part = backbone if name.startswith("backbone.") else 1.0
+        return of_bias * of_part * of_modules.get(name, 1.0)
 
     groups = get_default_optimizer_params(
         model,
@@ -126,6 +130,18 @@ def _parameter_groups(cfg: CfgNode, model: nn.Module, rate: float) -> list[dict[
     return reduce_param_groups(
         [*groups, {"params": list(norm_biases.values()), "weight_decay": decay}]
     )
+
+
+def _module_factors(model: nn.Module) -> dict[str, float]:
+    """Return, by parameter, the product of ``lr_factor`` of the modules that it is in."""
+    factors: dict[str, float] = {}
+    for module_name, module in model.named_modules():
+        own = getattr(module, "lr_factor", 1.0)
+        if own == 1.0:
+            continue
+        for name, _ in module.named_parameters(prefix=module_name):
+            factors[name] = factors.get(name, 1.0) * own
+    return factors
 
 
 def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:

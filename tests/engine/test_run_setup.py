@@ -297,6 +297,18 @@ class TestOptimizer:
         groups = build_optimizer(cfg, model).param_groups
         assert sum(len(group["params"]) for group in groups) == 5
 
+    def test_a_module_can_ask_for_another_rate(self, config):
+        """Factors multiply: those of nested modules, of the backbone and of biases."""
+        cfg = config("SOLVER.BASE_LR", 0.1, "SOLVER.BIAS_LR_FACTOR", 2.0)
+        cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+        model = Parts()
+        model.head.lr_factor = 3.0
+        model.backbone.lr_factor, model.backbone[0].lr_factor = 2.0, 5.0
+        rates = {name: rate for name, (rate, _) in self.settings(cfg, model).items()}
+        want = {"head.weight": 0.3, "head.bias": 0.6, "backbone.0.weight": 0.1}
+        want |= {"backbone.0.bias": 0.2, "backbone.1.weight": 0.02, "backbone.1.bias": 0.04}
+        assert rates == pytest.approx(want)
+
     @pytest.mark.parametrize(
         ("name", "cls"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)]
     )
