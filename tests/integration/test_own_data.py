@@ -36,13 +36,65 @@ def tiny(case, output):
     return [*opts, "DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(output)]
 
 
-@pytest.fixture(scope="module", params=first_of_each_method(), ids=lambda case: case.name)
-def run(request, shapes, tmp_path_factory):
-    """The output folder of a dry run of 3 iterations."""
-    case, output = request.param, tmp_path_factory.mktemp("run")
-    argv = ["--config-file", case.config, "--dry-run", *own_data(shapes), *tiny(case, output)]
-    assert train.main([*argv, "SOLVER.MAX_ITER", "3"]) == 0
-    return case, output
+CASES = first_of_each_method()
+# A process per call, of which none has seen a data set; what they share is the import of others'
+# packages.
+PREDICT = """
+import json, multiprocessing, sys
+import detectron2.engine
+from instseg_ext.cli.main import main
+
+def call(argv):
+    sys.exit(main(argv))
+
+codes = []
+for argv in json.loads(sys.argv[1]):
+    process = multiprocessing.get_context("fork").Process(target=call, args=(argv,))
+    process.start()
+    process.join()
+    codes.append(process.exitcode)
+sys.exit(any(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(shapes, tmp_path_factory):
+    """The output folders of dry runs of 3 iterations."""
+    folders = {case.name: tmp_path_factory.mktemp("run") for case in CASES}
+    for case in CASES:
+        words = [*own_data(shapes), *tiny(case, folders[case.name]), "SOLVER.MAX_ITER", "3"]
+        assert train.main(["--config-file", case.config, "--dry-run", *words]) == 0, case.name
+    return folders
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def run(request, runs):
+    return request.param, runs[request.param.name]
+
+
+@pytest.fixture(scope="module")
+def drawn(runs, shapes, tmp_path_factory):
+    """What ``predict`` writes for the checkpoint of every run."""
+    image = sorted(Path(shapes[1][1]).iterdir())[0]
+    parent = tmp_path_factory.mktemp("drawn")
+    folders = {name: parent / name for name in runs}
+    calls = [
+        [
+            "predict", "--weights", str(output / "model_final.pth"), "--input", str(image),
+            "--output", str(folders[name]), "--confidence-threshold", "0.0", "MODEL.DEVICE", "cpu",
+        ]
+        for name, output in runs.items()
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PREDICT, json.dumps(calls)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    return folders
 
 
 def test_dry_run_writes_results_in_the_agreed_form(run):
@@ -69,22 +121,11 @@ def test_a_second_run_into_the_same_folder_is_refused(run, shapes, capsys):
     assert (output / "model_final.pth").read_bytes() == before
 
 
-def test_predict_in_a_fresh_process_knows_the_class_names(run, shapes, tmp_path):
+def test_predict_in_a_fresh_process_knows_the_class_names(run, drawn):
     """Nothing is registered there; config and names come out of the checkpoint."""
-    _, output = run
-    image = sorted(Path(shapes[1][1]).iterdir())[0]
-    argv = [
-        sys.executable, "-m", "instseg_ext.cli.main", "predict",
-        "--weights", str(output / "model_final.pth"), "--input", str(image),
-        "--output", str(tmp_path / "drawn"), "--confidence-threshold", "0.0", "MODEL.DEVICE", "cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        argv, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "drawn").glob("*.png")) or list((tmp_path / "drawn").glob("*.jpg"))
-    images = json.loads((tmp_path / "drawn" / "images.json").read_text())
+    folder = drawn[run[0].name]
+    assert list(folder.glob("*.png")) or list(folder.glob("*.jpg"))
+    images = json.loads((folder / "images.json").read_text())
     assert [c["name"] for c in images["categories"]] == ["circle", "square", "triangle"]
 
 
