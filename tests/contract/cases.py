@@ -12,6 +12,11 @@ import instseg_ext
 TINY_RESNET = [
     "MODEL.DEVICE", "cpu",
     "MODEL.WEIGHTS", "",
+    # Of 50 layers, because detectron2 fixes the widths of the shallow ones.
+    "MODEL.RESNETS.DEPTH", 50,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS", 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP", 4,
     "MODEL.FPN.OUT_CHANNELS", 32,
     "INPUT.MIN_SIZE_TRAIN", (64,),
     "INPUT.MIN_SIZE_TEST", 64,
