@@ -11,7 +11,6 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 from instseg_ext.methods.panet.legacy import (
-    Frame,
     FramedImageList,
     legacy_config,
     paste_legacy_instances,
@@ -19,6 +18,7 @@ from instseg_ext.methods.panet.legacy import (
 from instseg_ext.methods.panet.legacy_parts import with_pixel
 from instseg_ext.modeling.dense import output_size
 from instseg_ext.modeling.rcnn import InstSegRCNN
+from instseg_ext.structures.legacy_boxes import Frame
 
 __all__ = ["PANetRCNN"]
 

@@ -10,13 +10,9 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from instseg_ext.methods.panet.legacy import (
-    Frame,
-    FramedImageList,
-    add_last_pixel,
-    clip_to_pixels,
-)
+from instseg_ext.methods.panet.legacy import FramedImageList
 from instseg_ext.methods.panet.roi_heads import PANetROIHeads
+from instseg_ext.structures.legacy_boxes import Frame, add_last_pixel, clip_to_pixels
 
 __all__ = ["LegacyPANetROIHeads", "LegacyRPN"]
 

@@ -18,7 +18,7 @@ from methods.panet import panet_golden as golden
 from methods.panet.panet_toys import config
 
 from instseg_ext.checkpoint import convert
-from instseg_ext.methods.panet.legacy import add_last_pixel
+from instseg_ext.structures.legacy_boxes import add_last_pixel
 
 TRUNK = ("res2", "res3", "res4", "res5")
 LEVELS = ("p2", "p3", "p4", "p5", "p6")

@@ -16,14 +16,10 @@ from detectron2.structures import Boxes, ImageList, Instances
 from methods.panet.panet_toys import batch, box_lists, narrow
 
 from instseg_ext.methods.panet.arch import PANetRCNN
-from instseg_ext.methods.panet.legacy import (
-    Frame,
-    add_last_pixel,
-    clip_to_pixels,
-    paste_legacy_instances,
-)
+from instseg_ext.methods.panet.legacy import paste_legacy_instances
 from instseg_ext.methods.panet.legacy_parts import LegacyPANetROIHeads, LegacyRPN
 from instseg_ext.modeling.legacy_anchors import LegacyAnchorGenerator
+from instseg_ext.structures.legacy_boxes import Frame, add_last_pixel, clip_to_pixels
 
 LEGACY = ("MODEL.PANET.LEGACY_D1", True)
 
