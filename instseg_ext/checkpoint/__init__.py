@@ -3,6 +3,7 @@
 from instseg_ext.checkpoint import (  # noqa: F401  (registers the families of no method)
     detectron2_family,
     torchvision_family,
+    vgg_caffe_family,
 )
 from instseg_ext.checkpoint.atomic import atomic_write, remove_leftovers
 from instseg_ext.checkpoint.checkpointer import InstSegCheckpointer
@@ -35,6 +36,7 @@ from instseg_ext.checkpoint.resnet_rules import (
     resnet_facts,
     resnet_rules,
 )
+from instseg_ext.checkpoint.whole import check_whole
 
 __all__ = [
     "AUTO",
@@ -53,6 +55,7 @@ __all__ = [
     "block_rules",
     "check_destination",
     "check_fit",
+    "check_whole",
     "convert",
     "convert_with_variant",
     "families",

@@ -19,8 +19,9 @@ from torch import nn
 
 from instseg_ext.checkpoint.family import Family, Shapes, Variant, register_family
 from instseg_ext.checkpoint.keymap import COUNTERS, Drop, KeyMap, Rename
-from instseg_ext.checkpoint.report import ConversionError, listing
+from instseg_ext.checkpoint.report import ConversionError
 from instseg_ext.checkpoint.resnet_rules import resnet_facts, resnet_rules
+from instseg_ext.checkpoint.whole import check_whole
 from instseg_ext.modeling.mobilenet import MobileNetV2
 from instseg_ext.modeling.vgg import VGG
 
@@ -110,21 +111,9 @@ def _describe(shapes: Shapes) -> Variant:
             note = f"It is for MODEL.RESNETS {told}."
             model = _build_resnet(keys)
     backbone = {n: shape for n, shape in shapes.items() if not n.startswith(_HEAD_LAYERS)}
-    _check_whole(text, backbone, {n: tuple(t.shape) for n, t in model.state_dict().items()})
+    expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    check_whole(f"{text} of torchvision", backbone, expected)
     return Variant(text, notes=(note, _INPUT), backbone_only=True)
-
-
-def _check_whole(text: str, shapes: Shapes, expected: Shapes) -> None:
-    """Raise unless a backbone alone, for which no config is needed, has all its tensors."""
-    wrong = [f"{name} is missing" for name in expected if name not in shapes]
-    wrong += [f"{name} is unknown" for name in shapes if name not in expected]
-    wrong += [
-        f"{name} is {list(shape)} instead of {list(expected[name])}"
-        for name, shape in shapes.items()
-        if shape != expected.get(name, shape)
-    ]
-    if wrong:
-        raise ConversionError(f"the file holds no whole {text} of torchvision: {listing(wrong)}.")
 
 
 def _resnet(shapes: Shapes) -> tuple[str, dict[str, Any]]:

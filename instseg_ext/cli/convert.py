@@ -27,6 +27,7 @@ FAMILIES = (
     "solo-authors",
     "solo-mmdet",
     "torchvision",
+    "vgg-caffe",
     "yolact",
     "yolact-edge",
 )
@@ -43,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="FAMILY",
         help=f"whose file it is: {', '.join(FAMILIES)}; auto recognises family and model",
     )
-    add("input", metavar="IN", help="a .pth, .pt, .bin, .pkl or .safetensors, or its URL")
+    add("input", metavar="IN", help="the file, as its authors publish it, or its URL")
     add("output", metavar="OUT", help="the .pth to write")
     add(
         "--config",
