@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine import toy_train
 from engine.processes import TOY_TRAIN, finish
 from engine.toy_engine import METHOD, ToyTrainer, toy_config, write_dataset
+
+from instseg_ext.engine import launch
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TOY_TRAIN)
 VARIANTS = {
@@ -32,11 +35,8 @@ def dataset(tmp_path_factory):
 def pair(dataset, tmp_path_factory):
     """Train all variants in one job of two processes; returns its folder."""
     output = tmp_path_factory.mktemp("pair")
-    variants = json.dumps(VARIANTS)
-    finish(
-        TOY_TRAIN, "--num-gpus", 2, "--data", dataset, "--output", output,
-        "--variants", variants, *OPTS,
-    )  # fmt: skip
+    argv = ["--data", dataset, "--output", output, "--variants", json.dumps(VARIANTS), *OPTS]
+    launch(toy_train.main, num_gpus=2, args=(toy_train.parse(map(str, argv)),), device="cpu")
     return output
 
 
@@ -50,12 +50,10 @@ def final(folder):
 
 def one(dataset, folder, *opts):
     """Train in this process; returns steps and weights likewise."""
-    from engine.toy_train import Recorder
-
     folder.mkdir()
     cfg = toy_config(dataset / "annotations.json", dataset / "images", folder, (*OPTS, *opts))
     trainer = ToyTrainer(cfg, METHOD)
-    trainer.register_hooks([Recorder(folder / "steps.json")])
+    trainer.register_hooks([toy_train.Recorder(folder / "steps.json")])
     trainer.train()
     return steps(folder), final(folder)
 
