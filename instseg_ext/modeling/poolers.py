@@ -35,6 +35,7 @@ class RegionPooler(ROIPooler):
         canonical_box_size: int = 224,
         canonical_level: int = 4,
         quantize: bool = True,
+        warp_mode: str = "single",
     ) -> None:
         """See ``build_pooler``."""
         super().__init__(
@@ -52,7 +53,8 @@ class RegionPooler(ROIPooler):
             )
         if kind == "ROIWarp":
             self.level_poolers = nn.ModuleList(
-                ROIWarp(self.output_size, scale, sampling_ratio or 2, quantize) for scale in scales
+                ROIWarp(self.output_size, scale, sampling_ratio or 2, quantize, warp_mode)
+                for scale in scales
             )
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
@@ -81,6 +83,7 @@ def build_pooler(
     canonical_box_size: int = 224,
     canonical_level: int = 4,
     quantize: bool = True,
+    warp_mode: str = "single",
 ) -> RegionPooler:
     """Build the pooler that a ``POOLER_TYPE`` key names.
 
@@ -96,9 +99,11 @@ def build_pooler(
         canonical_box_size: side in image pixels of the box that goes to ``canonical_level``.
         canonical_level: see there; the level of stride 16 is 4.
         quantize: ROIWarp only: round boxes to whole feature pixels.
+        warp_mode: ROIWarp only: "single" or "maxsample", where the region decides how many samples
+            a bin has, see there.
 
     Raises:
-        ValueError: if ``kind`` is unknown.
+        ValueError: if ``kind`` or ``warp_mode`` is unknown.
     """
     if kind not in POOLER_KINDS:
         raise ValueError(
@@ -113,4 +118,5 @@ def build_pooler(
         canonical_box_size=canonical_box_size,
         canonical_level=canonical_level,
         quantize=quantize,
+        warp_mode=warp_mode,
     )

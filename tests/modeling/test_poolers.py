@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from instseg_ext.layers.roi_warp import roi_warp
+from instseg_ext.layers.roi_warp import ROIWarp, roi_warp
 from instseg_ext.modeling.poolers import POOLER_KINDS, build_pooler
 
 SCALES = [1 / 4, 1 / 8, 1 / 16]
@@ -63,6 +63,29 @@ def test_warp_differentiates_boxes():
     assert all(m.grad is not None for m in maps)
 
 
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize(("ratio", "mode"), [(0, "single"), (1, "single"), (0, "maxsample")])
+def test_warp_gradients_are_those_of_the_level(ratio, mode, quantize):
+    xyxy = torch.cat([b.tensor for b in boxes()]).requires_grad_()
+    maps = pyramid(grad=True)
+    pooler = build_pooler(
+        "ROIWarp", 5, SCALES, ratio, canonical_box_size=56, quantize=quantize, warp_mode=mode
+    )
+    out = pooler(maps, [Boxes(xyxy[:3]), Boxes(xyxy[3:])])
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((out * upstream).sum(), [xyxy, *maps])
+    rois = torch.cat([torch.tensor([[0.0], [0], [0], [1], [1]]), xyxy], dim=1)
+    parts = []
+    for region, level in enumerate([0, 2, 0, 1, 1]):
+        warp = ROIWarp((5, 5), SCALES[level], ratio or 2, quantize, mode)
+        parts.append(warp(maps[level], rois[region : region + 1]))
+    assert torch.equal(torch.cat(parts), out)
+    expected = torch.autograd.grad((torch.cat(parts) * upstream).sum(), [xyxy, *maps])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert (found[0][[0, 1, 3, 4]] != 0).all()
+
+
 @pytest.mark.parametrize("kind", POOLER_KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_on_the_cpu(kind, dtype):
@@ -83,3 +106,5 @@ def test_no_boxes(kind):
 def test_unknown_kind_is_named():
     with pytest.raises(ValueError, match="ROIWarp, not 'RoIAlign'"):
         build_pooler("RoIAlign", 7, SCALES, 2)
+    with pytest.raises(ValueError, match="single, maxsample, not 'largest'"):
+        build_pooler("ROIWarp", 7, SCALES, 2, warp_mode="largest")
