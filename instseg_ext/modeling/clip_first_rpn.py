@@ -121,24 +121,23 @@ class ClipFirstRPN(RPN):
         images: ImageList,
         features: dict[str, Tensor],
         limit: GradientLimit | None = None,
-        min_sizes: Sequence[float] | None = None,
     ) -> tuple[list[Instances], RPNState]:
         """Return the proposals of each image, best first.
 
         Args:
-            images: the batch; only its sizes are used.
+            images: the batch. If it has ``min_sides``, a number for each image, these are the
+                shortest sides of a box there, network input; else ``min_box_size`` is.
             features: maps by name.
             limit: bounds the gradient that reaches the deltas through boxes, and stops it where the
                 anchor or the box was not inside the image. None: boxes have no gradient.
-            min_sizes: shortest side of a box in each image, network input; None for
-                ``min_box_size`` everywhere.
 
         Returns:
             Instances with ``proposal_boxes``, ``objectness_logits`` and ``anchor_index``, and what
             ``losses`` needs.
 
         Raises:
-            FloatingPointError: in training, if logits or boxes are not finite.
+            FloatingPointError: in training, if predictions are not finite. Else such boxes are left
+                out.
         """
         maps = [features[name] for name in self.in_features]
         logits, deltas = self.rpn_head(maps)
@@ -148,66 +147,66 @@ class ClipFirstRPN(RPN):
             [level.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)) for level in deltas],
             images.image_sizes,
         )
-        grids = [tuple(level.shape[-2:]) for level in maps]
         anchors = Boxes.cat(state.anchors).tensor
         all_deltas = torch.cat(state.deltas, dim=1)
+        if self.training and not all(x.isfinite().all() for x in (*state.logits, all_deltas)):
+            raise FloatingPointError("RPN predictions are not finite: training has diverged.")
+        min_sides = getattr(images, "min_sides", [self.min_box_size] * len(state.image_sizes))
         proposals = []
-        for n, size in enumerate(state.image_sizes):
-            min_size = self.min_box_size if min_sizes is None else min_sizes[n]
-            boxes, scores, index = self._select(anchors, all_deltas[n], state, n, min_size, grids)
+        for n, (size, min_side) in enumerate(zip(state.image_sizes, min_sides, strict=True)):
+            boxes = self._usable_boxes(anchors, all_deltas[n], size, min_side)
+            if self.whole_cells:
+                boxes[~self._in_whole_cells(maps, size)] = torch.nan
+            scores = [level[n].detach() for level in state.logits]
+            index = self._select(boxes, scores)
+            boxes = boxes[index]
             if limit is not None:
                 boxes = self._live_boxes(anchors[index], all_deltas[n, index], size, limit)
-            fields = {"objectness_logits": scores, "anchor_index": index}
+            fields = {"objectness_logits": torch.cat(scores)[index], "anchor_index": index}
             proposals.append(Instances(size, proposal_boxes=Boxes(boxes), **fields))
         return proposals, state
 
     @torch.no_grad()
-    def _select(
-        self,
-        anchors: Tensor,
-        deltas: Tensor,
-        state: RPNState,
-        n: int,
-        min_size: float,
-        grids: list[tuple[int, int]],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return boxes, logits and anchor indices of the proposals of image n."""
-        size = state.image_sizes[n]
-        logits = torch.cat([level[n] for level in state.logits])
+    def _usable_boxes(
+        self, anchors: Tensor, deltas: Tensor, size: tuple[int, int], min_side: float
+    ) -> Tensor:
+        """Return the boxes (A, 4), clipped; NaN where they are too small or not finite."""
         boxes = self._decode(deltas, anchors)
-        finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(logits)
-        if self.training and not finite.all():
-            raise FloatingPointError("RPN predictions are not finite: training has diverged.")
+        finite = boxes.isfinite().all(dim=1)
         boxes = clip_boxes(boxes, size)
         sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1)
-        usable = finite & (sides >= min_size) & (sides > 0)
-        if self.whole_cells:
-            usable &= self._in_whole_cells(grids, size)
-        ranked = logits.masked_fill(~usable, -torch.inf)
+        boxes[~(finite & (sides >= min_side) & (sides > 0))] = torch.nan
+        return boxes
+
+    def _select(self, boxes: Tensor, scores: list[Tensor]) -> Tensor:
+        """Return which anchors (P,) are proposals, best first.
+
+        Args:
+            boxes: (A, 4); NaN where there is none.
+            scores: logits of each level, (A_l,).
+        """
+        ranked = torch.cat(scores)
+        ranked = ranked.masked_fill(boxes[:, 0].isnan() | ~ranked.isfinite(), -torch.inf)
         chosen, levels, start = [], [], 0
-        for number, level in enumerate(ranked.split([x.shape[1] for x in state.logits])):
+        for number, level in enumerate(ranked.split([len(x) for x in scores])):
             best = level.topk(min(len(level), self.pre_nms_topk[self.training])).indices
-            best = best[torch.isfinite(level[best])]
+            best = best[level[best].isfinite()]
             chosen.append(best + start)
             levels.append(torch.full_like(best, number))
             start += len(level)
-        rows = torch.cat(chosen)
-        most = self.post_nms_topk[self.training]
-        kept = class_nms(boxes[rows], logits[rows], torch.cat(levels), self.nms_thresh, most)
-        rows = rows[kept]
-        return boxes[rows], logits[rows], rows
+        rows, most = torch.cat(chosen), self.post_nms_topk[self.training]
+        kept = class_nms(boxes[rows], ranked[rows], torch.cat(levels), self.nms_thresh, most)
+        return rows[kept]
 
-    def _in_whole_cells(self, grids: list[tuple[int, int]], size: tuple[int, int]) -> Tensor:
+    def _in_whole_cells(self, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Return (A,) bool: which anchors stand on cells that are inside the image."""
-        device = self.anchor_generator.cell_anchors[0].device
-        inside = []
-        generator = self.anchor_generator
-        for grid, stride, count in zip(
-            grids, generator.strides, generator.num_anchors, strict=True
+        generator, inside = self.anchor_generator, []
+        for level, stride, count in zip(
+            maps, generator.strides, generator.num_anchors, strict=True
         ):
             rows, columns = (
-                torch.arange(cells, device=device) < side // stride
-                for cells, side in zip(grid, size, strict=True)
+                torch.arange(cells, device=level.device) < side // stride
+                for cells, side in zip(level.shape[-2:], size, strict=True)
             )
             inside.append((rows[:, None] & columns).flatten().repeat_interleave(count))
         return torch.cat(inside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 
@@ -21,11 +21,6 @@ class MNCRPN(ClipFirstRPN):
     and labels from the sample of the later stages, are to be asked for: see ``propose`` and
     ``losses``.
     """
-
-    @configurable
-    def __init__(self, **kwargs: Any) -> None:
-        """Keep the parts; the arguments are those of ``ClipFirstRPN``."""
-        super().__init__(**kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:

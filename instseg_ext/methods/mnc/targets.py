@@ -10,7 +10,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from instseg_ext.layers.mask_crop import crop_masks
-from instseg_ext.layers.mask_ops import chunk_slices, masks_per_chunk
+from instseg_ext.layers.mask_ops import count_pixels, masks_per_chunk
 from instseg_ext.layers.mask_render import pixel_boxes, render_masks
 from instseg_ext.structures.matched_masks import as_matched_masks
 
@@ -98,20 +98,65 @@ def mask_level_labels(
     """
     result = torch.full_like(labels, num_classes)
     foreground = (labels < num_classes).nonzero()[:, 0]
-    if not len(foreground):
-        return result
-    masks = as_matched_masks(target.gt_masks)
-    areas = masks.masks.flatten(1).sum(dim=1)
-    pixels = masks.image_size[0] * masks.image_size[1]
-    for part in chunk_slices(len(foreground), masks_per_chunk(_PIXEL_BYTES * pixels, budget_mb)):
-        rows = foreground[part]
-        index = masks.index[matched[rows]]
-        rendered = render_masks(
-            probs[rows].float(), whole_pixels(boxes[rows]), masks.image_size, corner_aligned=False
+    if len(foreground):
+        masks = as_matched_masks(target.gt_masks)
+        index = masks.index[matched[foreground]]
+        overlap = _mask_iou(
+            probs[foreground].float(),
+            whole_pixels(boxes[foreground]),
+            masks.masks,
+            index,
+            mask_threshold,
+            budget_mb,
         )
-        predicted = rendered >= mask_threshold
-        overlap = (predicted & masks.masks[index]).flatten(1).sum(dim=1)
-        union = predicted.flatten(1).sum(dim=1) + areas[index] - overlap
-        agree = overlap.double() / union.clamp(min=1) >= iou_threshold
-        result[rows] = torch.where(agree, labels[rows], result[rows])
+        agree = foreground[overlap >= iou_threshold]
+        result[agree] = labels[agree]
     return result
+
+
+def _mask_iou(
+    probs: Tensor,
+    boxes: Tensor,
+    masks: Tensor,
+    index: Tensor,
+    threshold: float,
+    budget_mb: float,
+) -> Tensor:
+    """Return the IoU (R,) float64 of predicted masks and objects.
+
+    Regions of one object lie close together, so that they are drawn and compared in a window around
+    them, which is much smaller than the image.
+
+    Args:
+        probs: (R, m, m) float32.
+        boxes: (R, 4) whole pixels.
+        masks: (M, H, W) bool.
+        index: (R,) the object of each region.
+        threshold: inclusive lower bound of a pixel of a predicted mask.
+        budget_mb: MiB of working memory.
+    """
+    image_size = masks.shape[-2:]
+    order = index.argsort()
+    objects, counts = index.unique(return_counts=True)
+    areas = count_pixels(masks)[objects]
+    groups = order.split(counts.tolist())
+    windows = torch.stack([_around(boxes[rows], image_size) for rows in groups]).tolist()
+    overlap, union = torch.zeros_like(index), torch.zeros_like(index)
+    for which, area, rows, window in zip(objects.tolist(), areas, groups, windows, strict=True):
+        x1, y1, x2, y2 = window
+        seen = masks[which, y1:y2, x1:x2]
+        for part in rows.split(masks_per_chunk(_PIXEL_BYTES * seen.numel(), budget_mb)):
+            drawn = render_masks(
+                probs[part], boxes[part], image_size, corner_aligned=False, window=window
+            )
+            predicted = drawn >= threshold
+            overlap[part] = count_pixels(predicted & seen)
+            union[part] = count_pixels(predicted) + area - overlap[part]
+    return overlap.double() / union.clamp(min=1)
+
+
+def _around(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Return the part (4,) int64 of the image that boxes of whole pixels cover."""
+    height, width = image_size
+    window = torch.cat([boxes[:, :2].amin(dim=0), boxes[:, 2:].amax(dim=0)]).long()
+    return window.clamp(min=0).minimum(window.new_tensor([width, height, width, height]))
