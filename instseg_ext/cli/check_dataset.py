@@ -84,11 +84,11 @@ def _targets(args: argparse.Namespace) -> list[tuple[str, str]]:
         if entry["NAME"] not in names:
             names.append(entry["NAME"])
     for name in names:
+        registration.ensure_files(name)
         require_files(name)
         files = registration.dataset_files(name)
         if files is None:
             raise ValueError(f"Data set {name!r} has no COCO-format files that could be checked.")
-        registration.ensure_files(name)
         targets.append((str(files[0]), str(files[1])))
     if not targets:
         raise ValueError("Name a data set: ANNOTATIONS.json IMAGE_DIR, --dataset or --register.")

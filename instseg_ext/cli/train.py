@@ -194,6 +194,8 @@ def check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
     train_sets = () if args.eval_only else cfg.DATASETS.TRAIN
     names = dict.fromkeys((*train_sets, *cfg.DATASETS.TEST))
     for name in names:
+        data.require_source(name)  # of every set, before the first takes its time
+    for name in names:
         data.ensure_files(name)
         foreign.require_files(name)
     engine.check_weights(cfg, resume=args.resume)

@@ -33,6 +33,7 @@ from instseg_ext.data.registration import (
     register,
     register_bundled,
     register_from_config,
+    require_source,
 )
 from instseg_ext.data.semantic import SemanticDatasetMapper, check_annotation_kind
 from instseg_ext.data.shapes import make_shapes
@@ -67,6 +68,7 @@ __all__ = [
     "register",
     "register_bundled",
     "register_from_config",
+    "require_source",
     "training_dicts",
     "write_proposals",
 ]

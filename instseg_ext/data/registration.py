@@ -1,4 +1,4 @@
-"""Names of data sets: the bundled ones, those of a config, those of the command line.
+"""Names of data sets: the bundled ones, VOC and SBD, those of a config and of the command line.
 
 Registering stores names and paths only; no file is touched until a data set is loaded.
 """
@@ -16,7 +16,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from instseg_ext import resources
 from instseg_ext.data.coco import load_coco, read_categories
 from instseg_ext.data.keypoints import declared_keypoints, mirror_pairs
+from instseg_ext.data.sbd import SBD_SETS
 from instseg_ext.data.shapes import SHAPE_CATEGORIES, SHAPE_SPLITS, cached_shapes, generate_cached
+from instseg_ext.data.voc import (
+    VOC_CLASSES,
+    VOC_SETS,
+    cached_annotations,
+    datasets_root,
+    write_annotations,
+)
 
 __all__ = [
     "add_registrations",
@@ -30,6 +38,7 @@ __all__ = [
     "register",
     "register_bundled",
     "register_from_config",
+    "require_source",
 ]
 
 logger = logging.getLogger(__name__)
@@ -38,15 +47,24 @@ NUCLEI = ("nuclei_train", "nuclei_val", "nuclei_fold1_train", "nuclei_fold1_val"
 
 # What this module registered: name -> (annotation file, image folder).
 _REGISTERED: dict[str, tuple[Path, Path]] = {}
+# Converted into a COCO file when they are first used: name -> how they are found below a folder.
+_CONVERTED = {**VOC_SETS, **SBD_SETS}
 
 
-def register(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
+def register(
+    name: str,
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    *,
+    evaluator_type: str = "coco",
+) -> None:
     """Register a COCO-format data set under a name.
 
     Args:
         name: the name used in ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json_file: annotation file; need not exist yet.
         image_root: folder of the images; need not exist yet.
+        evaluator_type: see ``build_evaluator``.
 
     Raises:
         ValueError: if the name already stands for other files. Registering the same files again is
@@ -70,7 +88,7 @@ def register(name: str, json_file: str | os.PathLike, image_root: str | os.PathL
     _REGISTERED[name] = files
     DatasetCatalog.register(name, functools.partial(_load, name))
     MetadataCatalog.get(name).set(
-        json_file=str(files[0]), image_root=str(files[1]), evaluator_type="coco"
+        json_file=str(files[0]), image_root=str(files[1]), evaluator_type=evaluator_type
     )
 
 
@@ -85,7 +103,10 @@ def free_name(name: str, json_file: str | os.PathLike, image_root: str | os.Path
 
 
 def register_bundled() -> None:
-    """Register the bundled nuclei and the generated shapes; may be called any number of times."""
+    """Register nuclei, generated shapes, VOC and SBD; may be called any number of times.
+
+    A name of VOC or SBD that another package has taken stays with that package.
+    """
     nuclei = resources.root() / "datasets" / "nuclei"
     for name in NUCLEI:
         if name not in _REGISTERED:
@@ -93,6 +114,11 @@ def register_bundled() -> None:
     for name in SHAPE_SPLITS:
         if name not in _REGISTERED:
             register(name, *cached_shapes(name))
+    root = datasets_root()
+    for name in _CONVERTED:
+        if name not in DatasetCatalog.list():
+            register(name, cached_annotations(name, root), root, evaluator_type="sbd")
+            MetadataCatalog.get(name).thing_classes = list(VOC_CLASSES)
 
 
 def parse_register_flag(text: str) -> dict[str, str]:
@@ -176,10 +202,37 @@ def dataset_files(name: str) -> tuple[Path, Path] | None:
     return (Path(json_file), Path(images)) if json_file and images else None
 
 
+def require_source(name: str) -> None:
+    """Make sure that the files are there which a data set is converted from; quick.
+
+    Raises:
+        FileNotFoundError: with the folders and files that are expected.
+    """
+    if _is_converted(name):
+        _CONVERTED[name](_REGISTERED[name][1])
+
+
 def ensure_files(name: str) -> None:
-    """Generate the files of a data set that is made on the fly; nothing for all others."""
+    """Make the files of a data set that is generated or converted; nothing for all others.
+
+    Raises:
+        FileNotFoundError: if the files of a data set to convert are not there.
+        ValueError: if one of them cannot be read.
+        ImportError: if reading them needs a package that is not installed.
+    """
     if name in SHAPE_SPLITS and name in _REGISTERED:
         generate_cached(name, _REGISTERED[name][0])
+    elif _is_converted(name):
+        json_file, root = _REGISTERED[name]
+        write_annotations(name, _CONVERTED[name](root), json_file)
+
+
+def _is_converted(name: str) -> bool:
+    """Tell whether the name stands for our conversion, not for somebody's own files."""
+    if name not in _CONVERTED or name not in _REGISTERED:
+        return False
+    json_file, root = _REGISTERED[name]
+    return json_file.parent.name == cached_annotations(name, root).parent.name
 
 
 def is_semantic(name: str) -> bool:
@@ -200,6 +253,8 @@ def dataset_classes(name: str) -> list[str]:
     _require_known(name)
     if name in SHAPE_SPLITS and name in _REGISTERED:
         return [str(c["name"]) for c in SHAPE_CATEGORIES]
+    if _is_converted(name):
+        return list(VOC_CLASSES)
     if name in _REGISTERED:
         return [str(c["name"]) for c in read_categories(_REGISTERED[name][0])]
     metadata = MetadataCatalog.get(name)
@@ -261,9 +316,10 @@ def _load(name: str) -> list[dict]:
     metadata = MetadataCatalog.get(name)
     if list(getattr(metadata, "thing_classes", classes)) != classes:
         # Names taken from a config before the file was there; the file knows better.
+        kind = metadata.evaluator_type
         MetadataCatalog.pop(name)
         metadata = MetadataCatalog.get(name).set(
-            json_file=str(json_file), image_root=str(image_root), evaluator_type="coco"
+            json_file=str(json_file), image_root=str(image_root), evaluator_type=kind
         )
     metadata.thing_classes = classes
     metadata.thing_dataset_id_to_contiguous_id = contiguous

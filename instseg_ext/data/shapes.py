@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from instseg_ext.data.cache import cache_folder
 from instseg_ext.data.segmentation import rasterise_polygons
 
 __all__ = ["SHAPE_CATEGORIES", "SHAPE_SPLITS", "cached_shapes", "make_shapes"]
@@ -85,15 +86,9 @@ def make_shapes(
 
 
 def cached_shapes(name: str) -> tuple[Path, Path]:
-    """Return where the split ``name`` lies in the cache, without touching the disk.
-
-    The cache is the folder ``$INSTSEG_CACHE``, by default one of this user in the temporary folder.
-    """
+    """Return where the split ``name`` lies in the cache, without touching the disk."""
     num_images, size, seed = SHAPE_SPLITS[name]
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    default = Path(tempfile.gettempdir()) / f"instseg_ext-{user}"
-    cache = Path(os.environ.get("INSTSEG_CACHE") or default)
-    folder = cache / f"{name}_v{_VERSION}_{num_images}x{size}_{seed}"
+    folder = cache_folder() / f"{name}_v{_VERSION}_{num_images}x{size}_{seed}"
     return folder / "annotations.json", folder / "images"
 
 
