@@ -21,7 +21,16 @@ from instseg_ext import checkpoint  # noqa: E402
 from instseg_ext import config as config_nodes  # noqa: E402
 from instseg_ext.data import add_data_config, register_bundled, register_from_config  # noqa: E402
 from instseg_ext.method import Method  # noqa: E402
-from instseg_ext.methods import mask_rcnn, panet, pointrend, polarmask, solo, yolact  # noqa: E402
+from instseg_ext.methods import (  # noqa: E402
+    fcis,
+    mask_rcnn,
+    mnc,
+    panet,
+    pointrend,
+    polarmask,
+    solo,
+    yolact,
+)
 
 __all__ = [
     "METHODS",
@@ -40,6 +49,8 @@ METHODS: tuple[Method, ...] = (
     pointrend.METHOD,
     pointrend.SEMANTIC_METHOD,
     panet.METHOD,
+    mnc.METHOD,
+    fcis.METHOD,
     mask_rcnn.METHOD,
 )
 

@@ -1,0 +1,39 @@
+"""FCIS's frame: the shared two-stage model whose candidates vote for the masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from instseg_ext.layers.mask_voting import VotingRule
+from instseg_ext.modeling.voting_rcnn import VotingRCNN
+
+__all__ = ["FCISRCNN"]
+
+
+@META_ARCH_REGISTRY.register()
+class FCISRCNN(VotingRCNN):
+    """FCIS (arXiv:1611.07709): candidates of ``FCISROIHeads``, merged by voting."""
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        """Keep the parts; the arguments are those of ``VotingRCNN``."""
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        node = cfg.MODEL.FCIS
+        options = {
+            "nms_threshold": node.VOTE_NMS,
+            "mask_threshold": node.BINARY_THRESH,
+            "min_score": node.VOTE_MIN_SCORE,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+        if node.VOTE:
+            rule = VotingRule.fcis(voter_iou=node.VOTE_IOU, reencode=node.VOTE_REENCODE, **options)
+        else:
+            rule = VotingRule.own_masks(**options)
+        return {**super().from_config(cfg), "voting": rule, "legacy_boxes": node.LEGACY_BOXES}
