@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ps_roi_average_pool"]
+__all__ = ["ps_roi_average_pool", "ps_roi_scores"]
 
 _SMALLEST = 0.1  # cells: the least length of a region, as in the published code
+_PART_MB = 4  # MiB of pooled maps that stay in the cache until they are reduced
 
 
 def ps_roi_average_pool(
@@ -45,23 +46,96 @@ def ps_roi_average_pool(
     Raises:
         ValueError: if the channels are no multiple of ``G * G``.
     """
-    num, channels, height, width = features.shape
-    groups = group_size**2
-    if channels % groups:
+    maps = _num_maps(features, group_size)
+    with torch.autocast(features.device.type, enabled=False):
+        table = _table(features, (maps, group_size**2), (1, 0))
+        shape = features.shape[2:]
+        indices, counts = _cells_of_bins(rois, spatial_scale, group_size, output_size, shape)
+        pooled = _means(table, indices, counts)
+    pooled = pooled.view(len(rois), output_size, output_size, maps).permute(0, 3, 1, 2)
+    return pooled.to(features.dtype)
+
+
+@torch.no_grad()
+def ps_roi_scores(
+    features: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    *,
+    group_size: int = 7,
+    output_size: int = 21,
+) -> tuple[Tensor, Tensor]:
+    """Reduce pooled outside and inside maps to what inference needs, without gradients.
+
+    Equal to ``ps_roi_average_pool`` followed by the mean over all bins of the larger of outside and
+    inside, and by the softmax over both for the best class that is not the background (section 2 of
+    arXiv:1611.07709), but regions are reduced part by part, while they are in the cache.
+
+    Args:
+        features: (N, (K + 1) * 2 * G * G, H, W): of each class outside, then inside; class K is the
+            background.
+        rois: (R, 5): image index, then XYXY in image pixels.
+        spatial_scale: cells per image pixel.
+        group_size: G.
+        output_size: P.
+
+    Returns:
+        (R, K + 1) float class logits and (R, P, P) float probabilities of being inside, of the
+        class in 0..K-1 with the largest logit. Both float32, or float64 if ``features`` are.
+
+    Raises:
+        ValueError: if the channels are no multiple of ``2 * G * G``.
+    """
+    classes, odd = divmod(_num_maps(features, group_size), 2)
+    if odd:
+        raise ValueError(f"as many outside as inside maps are needed, not {2 * classes + 1} in all")
+    with torch.autocast(features.device.type, enabled=False):
+        table = _table(features, (classes, 2, group_size**2), (2, 1, 0))
+        bins = output_size**2
+        size = max(1, int(_PART_MB * 2**20 / (bins * table.shape[1] * table.element_size())))
+        logits = table.new_empty(len(rois), classes)
+        masks = table.new_empty(len(rois), bins)
+        for part, scores, probs in zip(
+            rois.split(size), logits.split(size), masks.split(size), strict=True
+        ):
+            indices, counts = _cells_of_bins(
+                part, spatial_scale, group_size, output_size, features.shape[2:]
+            )
+            pair = _means(table, indices, counts).view(len(part), bins, 2, classes)
+            outside, inside = pair.unbind(2)
+            torch.mean(torch.maximum(outside, inside), dim=1, out=scores)
+            best = scores[:, :-1].argmax(dim=1).view(-1, 1, 1).expand(-1, bins, 1)
+            torch.sigmoid((inside - outside).gather(2, best)[:, :, 0], out=probs)
+    return logits, masks.view(-1, output_size, output_size)
+
+
+def _num_maps(features: Tensor, group_size: int) -> int:
+    maps, rest = divmod(features.shape[1], group_size**2)
+    if rest:
         raise ValueError(
             f"position-sensitive pooling of {group_size} x {group_size} groups needs a multiple "
-            f"of {groups} channels, not {channels}"
+            f"of {group_size**2} channels, not {features.shape[1]}"
         )
-    maps = channels // groups
-    with torch.autocast(features.device.type, enabled=False):
-        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        table = features.to(dtype).view(num, maps, groups, height, width).permute(0, 2, 3, 4, 1)
-        indices, counts = _cells_of_bins(rois, spatial_scale, group_size, output_size, features)
-        offsets = counts.cumsum(0) - counts
-        sums = F.embedding_bag(indices, table.reshape(-1, maps), offsets, mode="sum")
-        means = sums / counts.clamp(min=1)[:, None]
-    pooled = means.view(len(rois), output_size, output_size, maps).permute(0, 3, 1, 2)
-    return pooled.to(features.dtype)
+    return maps
+
+
+def _table(features: Tensor, parts: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+    """Return a (N * H * W * G * G, D) table of what the bins read, float32 or float64.
+
+    Args:
+        features: (N, C, H, W).
+        parts: what the channels are made of, groups last.
+        order: the parts in the order of the table, groups first.
+    """
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    cells = features.to(dtype).permute(0, 2, 3, 1).reshape(-1, *parts)
+    return cells.permute(0, *(1 + i for i in order)).reshape(-1, features.shape[1] // parts[-1])
+
+
+def _means(table: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+    """Average ``counts`` rows of the table each; (bins, D), zeros where there is none."""
+    sums = F.embedding_bag(indices, table, counts.cumsum(0) - counts, mode="sum")
+    return sums.div_(counts.clamp(min=1)[:, None])
 
 
 def _axis_bins(low: Tensor, high: Tensor, scale: float, bins: int, length: int) -> Tensor:
@@ -84,29 +158,38 @@ def _axis_bins(low: Tensor, high: Tensor, scale: float, bins: int, length: int) 
 
 @torch.no_grad()
 def _cells_of_bins(
-    rois: Tensor, spatial_scale: float, group_size: int, bins: int, features: Tensor
+    rois: Tensor, spatial_scale: float, group_size: int, bins: int, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """List the rows of the table (N, G * G, H, W) that each bin sums, row by row of cells.
+    """List the rows of the table that each bin averages, row by row of cells.
+
+    Args:
+        rois: (R, 5).
+        spatial_scale: cells per image pixel.
+        group_size: G.
+        bins: P.
+        shape: (H, W).
 
     Returns:
-        int64 rows of all bins in the order (R, P, P), and (R * P * P,) int64 how many are whose.
+        int64 rows of a (N, H, W, G * G) table of all bins in the order (R, P, P), and (R * P * P,)
+        int64 how many belong to each bin.
     """
-    height, width = features.shape[2:]
+    height, width = shape
     corners = rois[:, 1:].float()
+    # corners that are no number only have to give cells that exist
     corners = (corners.sign() * (corners.abs() + 0.5).floor()).nan_to_num()
     x1, y1, x2, y2 = corners.unbind(1)
     rows = _axis_bins(y1, y2, spatial_scale, bins, height)
     columns = _axis_bins(x1, x2, spatial_scale, bins, width)
     tall = (rows[..., 1] - rows[..., 0]).clamp(min=0)
-    wide = (columns[..., 1] - columns[..., 0]).clamp(min=0)
-    counts = (tall[:, :, None] * wide[:, None, :]).flatten()
-    group = torch.arange(bins, device=rois.device) * group_size // bins
-    group = group[:, None] * group_size + group
-    plane = rois[:, :1, None].long() * group_size**2 + group
-    # row of the table of the first cell of each bin
-    first = (plane * height + rows[:, :, None, 0]) * width + columns[:, None, :, 0]
+    wide = (columns[..., 1] - columns[..., 0]).clamp(min=0)[:, None].expand(-1, bins, -1)
+    counts = (tall[:, :, None] * wide).flatten()
     bag = torch.repeat_interleave(counts)
     place = torch.arange(len(bag), device=rois.device) - (counts.cumsum(0) - counts)[bag]
-    across = wide[:, None, :].expand(-1, bins, -1).flatten()[bag]
+    across = wide.flatten()[bag]
     down = place.div(across, rounding_mode="floor")
-    return first.flatten()[bag] + down * width + (place - down * across), counts
+    cell = down * width + (place - down * across)
+    group = torch.arange(bins, device=rois.device) * group_size // bins
+    group = group[:, None] * group_size + group
+    top = rois[:, :1].long() * height + rows[..., 0]
+    first = (top[:, :, None] * width + columns[:, None, :, 0]) * group_size**2 + group
+    return first.flatten()[bag] + cell * group_size**2, counts

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from instseg_ext.layers.ps_roi_pool import ps_roi_average_pool
+from instseg_ext.layers import ps_roi_pool
+from instseg_ext.layers.ps_roi_pool import ps_roi_average_pool, ps_roi_scores
 
 SCALE = 1 / 16
 
@@ -107,6 +108,52 @@ def test_channel_order():
     assert torch.equal(pooled, expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_scores_and_masks_are_those_of_the_pooled_maps(layout, monkeypatch):
+    # parts of two regions
+    monkeypatch.setattr(ps_roi_pool, "_PART_MB", 2 * 5 * 2 * 36 * 8 / 2**20)
+    gen = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5 * 2 * 9, 10, 14, generator=gen, dtype=torch.float64)
+    features = features.contiguous(memory_format=layout)
+    features[:, 4 * 2 * 9 :] += 5  # the background is the best class everywhere
+    sizes = {"group_size": 3, "output_size": 6}
+    logits, masks = ps_roi_scores(features, regions(), SCALE, **sizes)
+    pooled = ps_roi_average_pool(features, regions(), SCALE, **sizes).view(8, 5, 2, 6, 6)
+    expected = pooled.amax(dim=2).mean(dim=(2, 3))
+    assert torch.allclose(logits, expected, atol=1e-12)
+    best = expected[:, :4].argmax(dim=1)
+    expected = pooled[torch.arange(8), best].softmax(dim=1)[:, 1]
+    assert torch.allclose(masks, expected, atol=1e-12)
+
+
+def test_score_of_an_inside_map():
+    # the inside map of the one class is 1.5 everywhere, its outside map 0
+    features = torch.zeros(1, 2, 2, 49, 8, 8)
+    features[:, 0, 1] = 1.5
+    roi = torch.tensor([[0.0, 10, 10, 100, 90]])
+    logits, masks = ps_roi_scores(features.view(1, -1, 8, 8), roi, SCALE)
+    assert logits[0].tolist() == pytest.approx([1.5, 0])
+    assert torch.allclose(masks, torch.full((1, 21, 21), 0.81757), atol=1e-5)
+    # a constant on both maps moves the score alone
+    features[:, 0] += 2
+    moved, same = ps_roi_scores(features.view(1, -1, 8, 8), roi, SCALE)
+    assert moved[0].tolist() == pytest.approx([3.5, 0])
+    assert torch.allclose(same, masks)
+
+
+def test_scores_of_no_regions_and_in_half_precision():
+    features = torch.randn(1, 6 * 49, 8, 8).bfloat16()
+    roi = torch.tensor([[0.0, 10, 10, 100, 90]])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, masks = ps_roi_scores(features, roi, SCALE)
+    expected = ps_roi_scores(features.float(), roi, SCALE)
+    assert torch.equal(logits, expected[0])
+    assert torch.equal(masks, expected[1])
+    logits, masks = ps_roi_scores(features, roi[:0], SCALE)
+    assert logits.shape == (0, 3)
+    assert masks.shape == (0, 21, 21)
+
+
 def test_half_precision_autocast_and_no_regions():
     features = torch.randn(1, 49, 8, 8).bfloat16()
     roi = torch.tensor([[0.0, 10, 10, 100, 90]])
@@ -130,3 +177,5 @@ def test_regions_that_are_no_numbers_are_no_reason_to_stop():
 def test_channels_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="a multiple of 49 channels, not 50"):
         ps_roi_average_pool(torch.zeros(1, 50, 8, 8), torch.zeros(1, 5), SCALE)
+    with pytest.raises(ValueError, match="as many outside as inside maps are needed, not 3 in all"):
+        ps_roi_scores(torch.zeros(1, 3 * 49, 8, 8), torch.zeros(1, 5), SCALE)
