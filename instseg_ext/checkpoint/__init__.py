@@ -3,7 +3,6 @@
 from instseg_ext.checkpoint import (  # noqa: F401  (registers the families of no method)
     detectron2_family,
     torchvision_family,
-    vgg_caffe_family,
 )
 from instseg_ext.checkpoint.atomic import atomic_write, remove_leftovers
 from instseg_ext.checkpoint.checkpointer import InstSegCheckpointer
@@ -36,7 +35,9 @@ from instseg_ext.checkpoint.resnet_rules import (
     resnet_facts,
     resnet_rules,
 )
-from instseg_ext.checkpoint.whole import check_whole
+from instseg_ext.checkpoint.rpn_rules import anchors_by_size, foreground_minus_background
+from instseg_ext.checkpoint.vgg_caffe_family import caffe_layer
+from instseg_ext.checkpoint.whole import check_whole, resnet_shapes
 
 __all__ = [
     "AUTO",
@@ -51,8 +52,10 @@ __all__ = [
     "ResNetFacts",
     "Shapes",
     "Variant",
+    "anchors_by_size",
     "atomic_write",
     "block_rules",
+    "caffe_layer",
     "check_destination",
     "check_fit",
     "check_whole",
@@ -61,6 +64,7 @@ __all__ = [
     "families",
     "fetch_weights",
     "find_family",
+    "foreground_minus_background",
     "fpn_rules",
     "model_shapes",
     "read_metadata",
@@ -70,6 +74,7 @@ __all__ = [
     "remove_leftovers",
     "resnet_facts",
     "resnet_rules",
+    "resnet_shapes",
     "sha256_of",
     "shapes_of",
     "to_plain",

@@ -8,20 +8,17 @@ of these names. All files are for RGB images.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from detectron2.config import get_cfg
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_resnet_backbone
 from torch import nn
 
 from instseg_ext.checkpoint.family import Family, Shapes, Variant, register_family
 from instseg_ext.checkpoint.keymap import COUNTERS, Drop, KeyMap, Rename
 from instseg_ext.checkpoint.report import ConversionError
 from instseg_ext.checkpoint.resnet_rules import resnet_facts, resnet_rules
-from instseg_ext.checkpoint.whole import check_whole
+from instseg_ext.checkpoint.whole import check_whole, resnet_shapes
 from instseg_ext.modeling.mobilenet import MobileNetV2
 from instseg_ext.modeling.vgg import VGG
 
@@ -98,22 +95,26 @@ def _claims(names: Collection[str]) -> bool:
 
 
 def _describe(shapes: Shapes) -> Variant:
-    with torch.device("meta"):
-        if "conv1_1.weight" in shapes:
-            text, note = "VGG-16", "It is for MODEL.BACKBONE.NAME build_vgg16_backbone."
-            model: nn.Module = VGG()
-        elif "stage1.0.project.weight" in shapes:
-            text, note = "MobileNetV2", "It is for MODEL.BACKBONE.NAME build_mobilenetv2_backbone."
-            model = MobileNetV2(out_features=("stage7",))
-        else:
-            text, keys = _resnet(shapes)
-            told = ", ".join(f"{key} {value}" for key, value in keys.items())
-            note = f"It is for MODEL.RESNETS {told}."
-            model = _build_resnet(keys)
+    if "conv1_1.weight" in shapes:
+        text, note = "VGG-16", "It is for MODEL.BACKBONE.NAME build_vgg16_backbone."
+        expected = _shapes_of(VGG)
+    elif "stage1.0.project.weight" in shapes:
+        text, note = "MobileNetV2", "It is for MODEL.BACKBONE.NAME build_mobilenetv2_backbone."
+        expected = _shapes_of(MobileNetV2, out_features=("stage7",))
+    else:
+        text, keys = _resnet(shapes)
+        told = ", ".join(f"{key} {value}" for key, value in keys.items())
+        note = f"It is for MODEL.RESNETS {told}."
+        expected = resnet_shapes(keys)
     backbone = {n: shape for n, shape in shapes.items() if not n.startswith(_HEAD_LAYERS)}
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     check_whole(f"{text} of torchvision", backbone, expected)
     return Variant(text, notes=(note, _INPUT), backbone_only=True)
+
+
+def _shapes_of(backbone: type[nn.Module], **options: Any) -> Shapes:
+    with torch.device("meta"):
+        model = backbone(**options)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def _resnet(shapes: Shapes) -> tuple[str, dict[str, Any]]:
@@ -132,14 +133,6 @@ def _resnet(shapes: Shapes) -> tuple[str, dict[str, Any]]:
         "STRIDE_IN_1X1": False,
     }
     return f"Wide {facts.text}" if wide else facts.text, keys
-
-
-def _build_resnet(keys: Mapping[str, Any]) -> nn.Module:
-    cfg = get_cfg()
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
-    for key, value in keys.items():
-        cfg.MODEL.RESNETS[key] = value
-    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
 
 
 TORCHVISION = register_family(

@@ -6,16 +6,17 @@ for masks that some authors added, are kept for the heads that start from them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
+from torch import Tensor
 
 from instseg_ext.checkpoint.family import Family, Shapes, Variant, register_family
 from instseg_ext.checkpoint.keymap import Drop, KeyMap, Rename
 from instseg_ext.checkpoint.whole import check_whole
 from instseg_ext.modeling.vgg import VGG
 
-__all__ = ["VGG_CAFFE", "caffe_layers"]
+__all__ = ["VGG_CAFFE", "caffe_layer"]
 
 _HEAD_LAYERS = {"fc6": (4096, 25088), "fc7": (4096, 4096)}
 _COPIES = {f"{name}_mask": shape for name, shape in _HEAD_LAYERS.items()}
@@ -26,14 +27,20 @@ _NOTES = (
 )
 
 
-def caffe_layers(source: str, target: str) -> tuple[Rename, Rename]:
+def caffe_layer(
+    source: str, target: str, transform: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Rename, Rename]:
     """Return the rules for the weights (0) and the bias (1) of a layer.
 
     Args:
         source: name of the layer in the file, with holes.
         target: name of the module here.
+        transform: changes both, for rows in another order.
     """
-    return Rename(f"{source}/0", f"{target}.weight"), Rename(f"{source}/1", f"{target}.bias")
+    return (
+        Rename(f"{source}/0", f"{target}.weight", transform),
+        Rename(f"{source}/1", f"{target}.bias", transform),
+    )
 
 
 def _claims(names: Collection[str]) -> bool:
@@ -60,8 +67,8 @@ VGG_CAFFE = register_family(
         summary="ImageNet VGG-16 of Caffe",
         key_map=KeyMap(
             [
-                *caffe_layers("conv{a}_{b}", "conv{a}_{b}"),
-                *caffe_layers("{layer:fc6|fc7|fc6_mask|fc7_mask}", "{layer}"),
+                *caffe_layer("conv{a}_{b}", "conv{a}_{b}"),
+                *caffe_layer("{layer:fc6|fc7|fc6_mask|fc7_mask}", "{layer}"),
                 Drop("fc8{p*}", "ImageNet classifier"),
             ]
         ),

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_resnet_backbone
+
 from instseg_ext.checkpoint.family import Shapes
 from instseg_ext.checkpoint.report import ConversionError, listing
 
-__all__ = ["check_whole"]
+__all__ = ["check_whole", "resnet_shapes"]
 
 
 def check_whole(text: str, shapes: Shapes, expected: Shapes) -> None:
@@ -28,3 +36,18 @@ def check_whole(text: str, shapes: Shapes, expected: Shapes) -> None:
     ]
     if wrong:
         raise ConversionError(f"the file holds no whole {text}: {listing(wrong)}.")
+
+
+def resnet_shapes(keys: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of a ResNet up to res5, with frozen norms.
+
+    Args:
+        keys: below ``MODEL.RESNETS``.
+    """
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    for key, value in keys.items():
+        cfg.MODEL.RESNETS[key] = value
+    with torch.device("meta"):
+        model = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
