@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 # One thread each: many small models on few cores are faster so than when they wait for each other,
 # and a comparison of one process with two must not also be one of thread counts.
@@ -12,6 +13,20 @@ os.environ["MKL_NUM_THREADS"] = "1"
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_drawn_without_memory():
+    """Spare models on the meta device the drawing of weights, more than half of their building.
+
+    There are no numbers to draw, but PyTorch goes through the shapes in Python.
+    """
+    library = torch.library.Library("aten", "IMPL", "Meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch has kernels there already
+        for name in ("normal_", "uniform_"):
+            library.impl(name, lambda tensor, *args, **kwargs: tensor)
+    return library  # which takes them out again when it goes
 
 
 @pytest.fixture(autouse=True)
