@@ -85,11 +85,15 @@ def add_mnc_config(cfg: CN) -> None:
     # Channels to which a 1x1 convolution brings the regions before that layer; 0: none, as
     # published. With 1024 channels the layer has 51 M weights, with 256 a quarter of them.
     _C.MODEL.MNC.MASK_CONV_DIM = 0
+    # Standard deviation of the initial weights of its fully connected layers, 0.001 as published,
+    # which suits features of ImageNet models; 0.0: by their number of inputs, for a fresh backbone.
+    _C.MODEL.MNC.MASK_INIT_STD = 0.001
     # What classifies a region: "fc" (two layers of MODEL.ROI_BOX_HEAD.FC_DIM) or "res5" (the last
     # stage of the ResNet). There are two of them, on the region and on the region times its mask.
     _C.MODEL.MNC.TOWER = "fc"
-    # Side of the grid that RoI warping samples, and of the map that max pooling makes of it.
+    # Side of the grid that RoI warping samples.
     _C.MODEL.MNC.WARP_SIZE = 28
+    # Side of the map that max pooling makes of it, the features of the region.
     _C.MODEL.MNC.POOL_SIZE = 14
     # "single": one sample per cell of the grid. "maxsample": the first published code, the largest
     # of as many samples as a bin has feature pixels; then WARP_SIZE does not count.
@@ -116,15 +120,16 @@ def add_mnc_config(cfg: CN) -> None:
     # Shortest side of a proposal in pixels of the original image, 16 as published; 0: what
     # MODEL.PROPOSAL_GENERATOR.MIN_SIZE says, in pixels of the network input.
     _C.MODEL.MNC.MIN_SIDE = 0.0
-    # Background of a sample: the share taken from boxes that overlap an object by at least
-    # BG_SPLIT_IOU; the rest comes from the others.
+    # Background of a sample: the share taken from boxes that overlap an object, the rest comes from
+    # the others.
     _C.MODEL.MNC.BG_NEAR_FRACTION = 0.85
+    # IoU from which a box overlaps an object in that sense.
     _C.MODEL.MNC.BG_SPLIT_IOU = 0.1
     # Weight of the mask loss beside the losses of class and box, which have 1.
     _C.MODEL.MNC.MASK_LOSS_WEIGHT = 2.0
-    # Mask voting: IoU above which the lower of two boxes of a class is dropped, and IoU from which
-    # a box votes for another's mask.
+    # IoU above which the lower of two boxes of a class is dropped before masks are voted.
     _C.MODEL.MNC.VOTE_NMS = 0.3
+    # IoU with a detection from which any candidate votes for its mask.
     _C.MODEL.MNC.VOTE_IOU = 0.5
     # Detections below this score are not considered. 0.0 as published; what drops out with 0.001
     # counts only where fewer than TEST.DETECTIONS_PER_IMAGE are left.
