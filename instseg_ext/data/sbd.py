@@ -22,6 +22,7 @@ from instseg_ext.data.voc import (
     classes_by_pixels,
     find_layout,
     not_found,
+    object_numbers,
     read_names,
 )
 
@@ -104,7 +105,7 @@ def _read(object_folder: Path, class_folder: Path, name: str) -> tuple[np.ndarra
         for number, label in enumerate(listed, 1)
         if 1 <= label <= len(VOC_CLASSES)
     }
-    if classes.keys() >= {int(n) for n in np.unique(objects)} - {0, 255}:
+    if classes.keys() >= set(object_numbers(objects)):
         return objects, classes
     path = class_folder / f"{name}.mat"
     labels = _label_map(path, _load(path, "GTcls"))

@@ -32,6 +32,7 @@ __all__ = [
     "datasets_root",
     "find_layout",
     "not_found",
+    "object_numbers",
     "read_names",
     "write_annotations",
 ]
@@ -194,6 +195,16 @@ def _read_indices(path: Path) -> np.ndarray:
     return indices
 
 
+def object_numbers(objects: np.ndarray) -> list[int]:
+    """List the numbers in a map of objects.
+
+    Args:
+        objects: (H, W) uint8, 0 where there is none, 255 void.
+    """
+    pixels = np.bincount(objects.ravel(), minlength=256)
+    return [number for number in np.flatnonzero(pixels).tolist() if number not in (0, _VOID)]
+
+
 def classes_by_pixels(objects: np.ndarray, labels: np.ndarray) -> dict[int, int]:
     """Give each object the class that most of its pixels have.
 
@@ -263,10 +274,9 @@ def _convert(name: str, source: VocSource) -> dict:
         height, width = objects.shape
         file_name = f"{source.image_folder}/{image}.jpg"
         images.append({"id": index, "file_name": file_name, "height": height, "width": width})
-        numbers = np.unique(objects)
-        numbers = numbers[(numbers > 0) & (numbers != _VOID)]
+        numbers = object_numbers(objects)
         unclassed += [f"{number} of {image}" for number in numbers if number not in classes]
-        kept = [int(number) for number in numbers if number in classes]
+        kept = [number for number in numbers if number in classes]
         masks = objects == np.array(kept, dtype=np.uint8)[:, None, None]
         rles = encode_masks(masks)
         boxes = rle_boxes(rles).tolist()
