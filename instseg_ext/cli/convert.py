@@ -22,6 +22,7 @@ FAMILIES = (
     "auto",
     "adelaidet",
     "detectron2",
+    "fcis-mxnet",
     "panet",
     "polarmask",
     "solo-authors",
