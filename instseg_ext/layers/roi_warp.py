@@ -18,10 +18,9 @@ __all__ = ["WARP_MODES", "ROIWarp", "roi_warp"]
 
 WARP_MODES = ("single", "maxsample")
 
-# MiB of samples taken at once. On the CPU they stay in the cache until their maximum is taken. In
-# the backward pass every part adds to a gradient of the whole map, and parts are larger.
+# MiB of samples taken at once. On the CPU they stay in the cache until their maximum is taken.
 _PART_MB = 4
-_PART_MB_GRAD = 64
+_PART_MB_ELSEWHERE = 64
 
 
 def roi_warp(
@@ -60,6 +59,11 @@ class ROIWarp(nn.Module):
     The samples of all regions are never held together: regions are warped and reduced part by
     part, and with gradients the samples of a part are taken again in the backward pass. Among equal
     samples of a bin the first in reading order receives the gradient, as in the published code.
+
+    Note:
+        Values are those of the published code. Its gradients are not: that of the features looks
+        for the samples of a cell as if the region were a pixel longer and misses some, that of the
+        box is w / (w + 1) of ours at the second edge and zero in the last row and column.
     """
 
     def __init__(
@@ -228,8 +232,7 @@ class _LargestSample(torch.autograd.Function):
         ctx.save_for_backward(table, *taps)
         rows, _, columns, _ = taps
         pooled = table.new_empty(len(rows), rows.shape[2], columns.shape[2], table.shape[1])
-        megabytes = _PART_MB if table.device.type == "cpu" else _PART_MB_GRAD
-        for which in _parts(table, taps, megabytes):
+        for which in _parts(table, taps):
             samples = _samples(table, *(t[which] for t in taps))
             torch.amax(samples, dim=0, out=pooled[which])
         return pooled
@@ -241,7 +244,8 @@ class _LargestSample(torch.autograd.Function):
         table, *taps = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         grads = {i: torch.zeros_like(ctx.saved_tensors[i]) for i in wanted}
-        for which in _parts(table, taps, _PART_MB_GRAD):
+        # each part adds to a gradient of the whole table, and is therefore at least as large
+        for which in _parts(table, taps, at_least=table.nbytes):
             inputs = [t.detach() for t in (table, *(t[which] for t in taps))]
             with torch.enable_grad():
                 for i in wanted:
@@ -256,11 +260,19 @@ class _LargestSample(torch.autograd.Function):
         return tuple(grads.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
-def _parts(table: Tensor, taps: Sequence[Tensor], megabytes: float) -> Iterator[slice]:
-    """Yield regions whose samples together fit into ``megabytes`` MiB."""
+def _parts(table: Tensor, taps: Sequence[Tensor], at_least: int = 0) -> Iterator[slice]:
+    """Yield the regions of each part.
+
+    Args:
+        table: see ``_pool``.
+        taps: see there.
+        at_least: bytes that the samples of a part may take in any case.
+    """
     rows, _, columns, _ = taps
     values = rows.shape[1:3].numel() * columns.shape[1:3].numel() * table.shape[1]
-    size = max(1, int(megabytes * 2**20 / (values * table.element_size())))
+    megabytes = _PART_MB if table.device.type == "cpu" else _PART_MB_ELSEWHERE
+    budget = max(megabytes * 2**20, at_least)
+    size = max(1, int(budget / (values * table.element_size())))
     for start in range(0, len(rows), size):
         yield slice(start, start + size)
 
