@@ -23,6 +23,7 @@ FAMILIES = (
     "adelaidet",
     "detectron2",
     "fcis-mxnet",
+    "mnc-caffe",
     "panet",
     "polarmask",
     "solo-authors",
