@@ -247,13 +247,12 @@ class ClipFirstRPN(RPN):
         usable = self._usable(anchors, instances.image_size)
         overlap = pairwise_iou(instances.gt_boxes, Boxes(anchors.tensor[usable]))
         matched, usable_labels = self.anchor_matcher(overlap)
-        if len(instances):
-            usable_labels[overlap.amax(dim=0) == 0] = 0
         labels = torch.full_like(usable, -1, dtype=torch.int8)
-        labels[usable] = usable_labels
         objects = torch.zeros_like(anchors.tensor)
         if len(instances):
+            usable_labels[overlap.gather(0, matched[None])[0] == 0] = 0
             objects[usable] = instances.gt_boxes.tensor[matched].to(objects)
+        labels[usable] = usable_labels
         return labels, objects
 
     def _usable(self, anchors: Boxes, size: tuple[int, int]) -> Tensor:
