@@ -105,7 +105,8 @@ def ps_roi_scores(
             outside, inside = pair.unbind(2)
             torch.mean(torch.maximum(outside, inside), dim=1, out=scores)
             best = scores[:, :-1].argmax(dim=1).view(-1, 1, 1).expand(-1, bins, 1)
-            torch.sigmoid((inside - outside).gather(2, best)[:, :, 0], out=probs)
+            margin = inside.gather(2, best) - outside.gather(2, best)
+            torch.sigmoid(margin[:, :, 0], out=probs)
     return logits, masks.view(-1, output_size, output_size)
 
 

@@ -59,14 +59,14 @@ def regions():
     return torch.tensor(rois)
 
 
-@pytest.mark.parametrize(("groups", "bins"), [(7, 21), (3, 6), (2, 5), (3, 3)])
-def test_values_and_gradients_equal_plain_loops(groups, bins):
+@pytest.mark.parametrize(("maps", "groups", "bins"), [(1, 7, 21), (2, 3, 6), (2, 2, 5), (3, 3, 3)])
+def test_values_and_gradients_equal_plain_loops(maps, groups, bins):
     gen = torch.Generator().manual_seed(0)
-    shape = (2, 2 * groups**2, 10, 14)
+    shape = (2, maps * groups**2, 10, 14)
     features = torch.randn(shape, generator=gen, dtype=torch.float64, requires_grad=True)
     pooled = ps_roi_average_pool(features, regions(), SCALE, group_size=groups, output_size=bins)
     expected = loop_pool(features, regions(), SCALE, groups, bins)
-    assert pooled.shape == (8, 2, bins, bins)
+    assert pooled.shape == (8, maps, bins, bins)
     assert (pooled - expected).abs().max() < 1e-12
     assert pooled[[5, 7]].eq(0).all()
     upstream = torch.randn(pooled.shape, generator=gen, dtype=torch.float64)
@@ -166,6 +166,18 @@ def test_half_precision_autocast_and_no_regions():
     assert none.shape == (0, 1, 21, 21)
     none.sum().backward()
     assert features.grad.abs().max() == 0
+
+
+def test_regions_all_outside_the_map():
+    features = torch.ones(1, 2 * 2 * 49, 8, 8, requires_grad=True)
+    rois = torch.tensor([[0.0, 300, 300, 400, 400], [0, -90, 10, -20, 50]])
+    pooled = ps_roi_average_pool(features, rois, SCALE)
+    assert pooled.eq(0).all()
+    pooled.sum().backward()
+    assert features.grad.eq(0).all()
+    logits, masks = ps_roi_scores(features, rois, SCALE)
+    assert logits.eq(0).all()
+    assert masks.eq(0.5).all()
 
 
 def test_regions_that_are_no_numbers_are_no_reason_to_stop():
