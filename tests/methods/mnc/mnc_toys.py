@@ -15,6 +15,8 @@ NARROW = [
     "MODEL.RESNETS.RES2_OUT_CHANNELS", 16,
     "MODEL.RESNETS.WIDTH_PER_GROUP", 8,
     "MODEL.RESNETS.NORM", "FrozenBN",
+    # fresh frozen norms do nothing: every block doubles the features
+    "MODEL.PIXEL_STD", [1500.0, 1500.0, 1500.0],
     "MODEL.FPN.OUT_CHANNELS", 16,
     "MODEL.FPN.NORM", "",
     "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30,
