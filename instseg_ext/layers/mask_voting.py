@@ -4,15 +4,12 @@ Boxes are suppressed within each class. For each of the best that are left, all 
 boxes overlap its box, suppressed or not, are voters; their masks are drawn into the image and
 averaged with their scores of the class as weights.
 
-Detections that share voters are made together, on the window that these cover, so that a mask is
-drawn once for all of them and nothing has the size of the image but the result.
-
 Shapes: C candidates with masks of m x m, K classes, D detections, H x W image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +19,15 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from instseg_ext.layers.box_nms import class_nms
-from instseg_ext.layers.mask_ops import RLEList, above, chunk_slices, tight_boxes
-from instseg_ext.layers.mask_render import axis_weights, hat_weights, pixel_boxes, render_masks
+from instseg_ext.layers.mask_average import AverageOptions, MaskAverages
+from instseg_ext.layers.mask_ops import RLEList, above, chunk_slices, masks_per_chunk, tight_boxes
+from instseg_ext.layers.mask_render import hat_weights, render_masks
 from instseg_ext.structures.rle import encode_crops
 
 __all__ = ["Voted", "VotingRule", "vote_masks"]
 
-_CACHED = 2**18  # drawn pixels at a time on the CPU: 1 MiB, read again at once
-_SHARED = 0.5  # of a detection's voters must be drawn for another one, to be made with it
+# Pairs of candidate and class that suppression looks at first, as a multiple of the detections.
+_FIRST_PAIRS = 32
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ class VotingRule:
 
     @property
     def strict_threshold(self) -> float:
-        """The number that pixels of the mask are greater than."""
+        """The float32 number that pixels of the mask are greater than."""
         threshold = np.float32(self.mask_threshold)
         return float(np.nextafter(threshold, np.float32(0)) if self.inclusive else threshold)
 
@@ -165,35 +163,57 @@ def vote_masks(
         scores: (C, K) of the classes without the background.
         image_size: (H, W).
         rule: MNC's or FCIS's.
-        budget_mb: MiB of working memory, beside the result. A single detection's window may take
-            more in an image that is larger than that.
+        budget_mb: MiB of working memory, beside the result. One mask of the image's size is made at
+            least.
         output: "bool" or "rle", see ``Voted.masks``.
 
     Returns:
         At most ``rule.max_detections`` detections, on the device of ``boxes``.
+
+    Raises:
+        ValueError: if ``output`` is neither "bool" nor "rle".
     """
-    boxes, masks, scores = boxes.detach().float(), masks.detach().float(), scores.detach().float()
-    valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
-    valid &= masks.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
-    boxes, masks, scores = boxes[valid], masks[valid], scores[valid]
-    candidates, classes = _choose(boxes, scores, rule)
-    weights = _weights(boxes, scores, candidates, classes, rule)
-    size = (int(image_size[0]), int(image_size[1]))
-    canvas = _Canvas(len(candidates), size, output, boxes.device)
-    drawer = _Drawer(boxes, masks, weights, size, rule, int(budget_mb * 2**20))
-    for group in _groups(weights, boxes, size, drawer.most_pixels):
-        canvas.put(group, *drawer(group))
-    keep, tight, drawn = canvas.finish(rule.min_side)
-    if rule.voter_iou is None:
-        tight = boxes[candidates[keep]]
-    candidates, classes = candidates[keep], classes[keep]
-    return Voted(tight, scores[candidates, classes], classes, drawn)
+    if output not in ("bool", "rle"):
+        raise ValueError(f'output must be "bool" or "rle", not {output!r}')
+    with torch.autocast(boxes.device.type, enabled=False):
+        boxes, masks, scores = boxes.float(), masks.float(), scores.float()
+        valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
+        valid &= masks.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
+        boxes, masks, scores = boxes[valid], masks[valid], scores[valid]
+        candidates, classes = _choose(boxes, scores, rule)
+        weights = _weights(boxes, scores, candidates, classes, rule)
+        size = (int(image_size[0]), int(image_size[1]))
+        tight, drawn = _make_masks(boxes, masks, weights, size, rule, budget_mb, output)
+        keep = (tight[:, 2:] - tight[:, :2] >= rule.min_side).all(dim=1).nonzero()[:, 0]
+        candidates, classes = candidates[keep], classes[keep]
+        own = rule.voter_iou is None
+        return Voted(
+            boxes=boxes[candidates] if own else tight[keep],
+            scores=scores[candidates, classes],
+            classes=classes,
+            masks=_compact(drawn, keep.tolist()),
+        )
 
 
 def _choose(boxes: Tensor, scores: Tensor, rule: VotingRule) -> tuple[Tensor, Tensor]:
     """Return candidate and class of each detection, (D,) int64 each, by falling score."""
+    most, look = rule.max_detections, _FIRST_PAIRS * rule.max_detections
     # A score of zero would leave the voters without weight.
-    rows, classes = ((scores >= rule.min_score) & (scores > 0)).nonzero(as_tuple=True)
+    lowest = max(rule.min_score, torch.finfo(torch.float32).tiny)
+    if look < scores.numel():
+        # Whether a box survives depends on better ones alone.
+        first = max(float(scores.flatten().topk(look).values[-1]), lowest)
+        kept = _suppress(boxes, scores, first, rule)
+        if len(kept[0]) == most or first == lowest:
+            return kept
+    return _suppress(boxes, scores, lowest, rule)
+
+
+def _suppress(
+    boxes: Tensor, scores: Tensor, lowest: float, rule: VotingRule
+) -> tuple[Tensor, Tensor]:
+    """Suppress the pairs of candidate and class that score at least ``lowest``."""
+    rows, classes = (scores >= lowest).nonzero(as_tuple=True)
     values = scores[rows, classes]
     kept = class_nms(boxes[rows], values, classes, rule.nms_threshold, rule.max_detections)
     return rows[kept], classes[kept]
@@ -208,191 +228,99 @@ def _weights(
     # In float64, as the authors do: this is a comparison.
     wide = boxes.double()
     voters = box_iou(wide[candidates], wide) >= rule.voter_iou
-    weights = scores.t()[classes].double() * voters
+    weights = scores[:, classes].t().double() * voters
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Detections to be made together.
-
-    Attributes:
-        detections: their rows.
-        voters: rows of all their voters among the candidates.
-        window: (x1, y1, x2, y2), the whole pixels that these can reach.
-    """
-
-    detections: np.ndarray
-    voters: np.ndarray
-    window: tuple[int, int, int, int]
+def _compact(masks: Tensor | RLEList, rows: list[int]) -> Tensor | RLEList:
+    """Return the masks of these rows, which rise; a stack is moved together within its memory."""
+    if isinstance(masks, RLEList):
+        return RLEList(masks[row] for row in rows)
+    if len(rows) < len(masks):
+        for place, row in enumerate(rows):
+            masks[place] = masks[row]
+    return masks[: len(rows)]
 
 
-def _groups(
-    weights: Tensor, boxes: Tensor, image_size: tuple[int, int], most_pixels: int
-) -> Iterator[_Group]:
-    """Put detections together that share most of their voters.
+def _make_masks(
+    boxes: Tensor,
+    masks: Tensor,
+    weights: Tensor,
+    image_size: tuple[int, int],
+    rule: VotingRule,
+    budget_mb: float,
+    output: str,
+) -> tuple[Tensor, Tensor | RLEList]:
+    """Return the (D, 4) tight boxes of all averages, and their masks; see ``vote_masks``."""
+    options = AverageOptions(
+        corner_aligned=rule.corner_aligned,
+        voter_threshold=rule.strict_threshold if rule.binarize else None,
+        mask_threshold=None if rule.reencode else rule.strict_threshold,
+    )
+    averages = MaskAverages(boxes, masks, weights, image_size, options, budget_mb / 2)
+    num, whole = len(weights), {"dtype": torch.bool, "device": boxes.device}
+    stack = torch.zeros((num if output == "bool" else 0, *image_size), **whole)
+    if rule.reencode or output == "rle":
+        whole["dtype"] = torch.float32 if rule.reencode else torch.bool
+        pixel_bytes = 4 if rule.reencode else 1
+        per_chunk = masks_per_chunk(pixel_bytes * image_size[0] * image_size[1], budget_mb / 2)
+        buffer = torch.zeros((min(num, per_chunk), *image_size), **whole)
+    else:
+        per_chunk, buffer = max(num, 1), stack
+    tight, rles = [torch.zeros((0, 4), device=boxes.device)], RLEList()
+    for index in chunk_slices(num, per_chunk):
+        planes = buffer[: index.stop - index.start]
+        averages.fill(index, planes if index.start == 0 else planes.zero_())
+        for row, plane in zip(range(index.start, index.stop), planes, strict=True):
+            x1, y1, x2, y2 = averages.windows[row]
+            crop = plane[None, y1:y2, x1:x2]
+            if rule.reencode:
+                crop, box = _reencode(crop, (x1, y1), image_size, masks.shape[-1], rule)
+            else:
+                box = tight_boxes(crop)
+            tight.append(box)
+            if output == "rle":
+                rles += encode_crops(crop.cpu().numpy(), (x1, y1), image_size)
+            elif rule.reencode:
+                stack[row, y1:y2, x1:x2] = crop[0]
+    offsets = torch.tensor(averages.windows, device=boxes.device).reshape(-1, 4)[:, [0, 1, 0, 1]]
+    return torch.cat(tight) + offsets, rles if output == "rle" else stack
+
+
+def _reencode(
+    average: Tensor,
+    corner: tuple[int, int],
+    image_size: tuple[int, int],
+    size: int,
+    rule: VotingRule,
+) -> tuple[Tensor, Tensor]:
+    """Bring averages to m x m cells of the tight boxes of their masks, and draw these.
+
+    The cells are read where the rule puts them when it draws, from pixels that are zero beyond
+    the window and repeated beyond the image.
 
     Args:
-        weights: (D, C).
-        boxes: (C, 4).
+        average: (d, h, w) float32 on a window of the image.
+        corner: left and top pixel of the window.
         image_size: (H, W).
-        most_pixels: of the windows of a group's detections together, unless it is a single one.
+        size: m.
+        rule: of the averages.
+
+    Returns:
+        (d, h, w) bool masks and their (d, 4) boxes before this, in pixels of the window.
     """
-    # The only copy from the device before the masks are done.
-    votes, corners = (weights > 0).cpu().numpy(), boxes.cpu().numpy()
-    corners = np.concatenate([np.floor(corners[:, :2]), np.ceil(corners[:, 2:])], axis=1)
-    corners = np.clip(corners, 0, [image_size[1], image_size[0]] * 2).astype(np.int64)
-    shared = votes.astype(np.float32) @ votes.T.astype(np.float32)
-    like = shared >= _SHARED * shared.diagonal()
-    waiting = np.ones(len(votes), dtype=bool)
-    for leader in range(len(votes)):
-        if not waiting[leader]:
-            continue
-        members = np.flatnonzero(like[leader] & waiting)
-        waiting[members] = False
-        pending = [members]
-        while pending:
-            rows = pending.pop()
-            voters = np.flatnonzero(votes[rows].any(axis=0))
-            x1, y1 = corners[voters, :2].min(axis=0).tolist()
-            x2, y2 = corners[voters, 2:].max(axis=0).tolist()
-            pixels = max(x2 - x1, 0) * max(y2 - y1, 0)
-            if len(rows) > 1 and len(rows) * pixels > most_pixels:
-                pending += [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-            elif pixels:
-                yield _Group(rows, voters, (x1, y1, x2, y2))
-
-
-class _Drawer:
-    """Makes the masks of a group."""
-
-    def __init__(
-        self,
-        boxes: Tensor,
-        masks: Tensor,
-        weights: Tensor,
-        image_size: tuple[int, int],
-        rule: VotingRule,
-        budget: int,
-    ) -> None:
-        self._boxes = boxes if rule.corner_aligned else pixel_boxes(boxes)
-        self._masks, self._weights = masks, weights
-        self._image_size, self._rule = image_size, rule
-        # The sums, the masks, and as much again for what is drawn at a time.
-        self.most_pixels = max(1, budget // 16)
-        self._at_once = self.most_pixels
-        if boxes.device.type == "cpu":
-            self._at_once = min(self._at_once, _CACHED)
-
-    def __call__(self, group: _Group) -> tuple[Tensor, Tensor]:
-        """Return masks and boxes on the window: (d, h, w) bool and (d, 4) float32.
-
-        The boxes are tight around the averages, also when these are re-encoded.
-        """
-        average = self._average(group)
-        masks = above(average, self._rule.strict_threshold)
-        boxes = tight_boxes(masks)
-        if self._rule.reencode:
-            masks = self._reencode(average, boxes, group.window)
-        return masks, boxes
-
-    def _average(self, group: _Group) -> Tensor:
-        """Return (d, h, w) float32 averages of the voters on the window."""
-        device, rule = self._boxes.device, self._rule
-        x1, y1, x2, y2 = group.window
-        height, width, size = y2 - y1, x2 - x1, self._masks.shape[-1]
-        voters = torch.from_numpy(group.voters).to(device)
-        weights = self._weights[torch.from_numpy(group.detections).to(device)][:, voters]
-        total = weights.new_zeros(len(weights), height * width)
-        per_part = max(1, self._at_once // (size * max(height, width)))
-        for part in chunk_slices(len(voters), per_part):
-            left, top, right, bottom = self._boxes[voters[part]].unbind(1)
-            aligned = {"corner_aligned": rule.corner_aligned}
-            rows = axis_weights(top, bottom, size, y1, y2, **aligned) @ self._masks[voters[part]]
-            cols = axis_weights(left, right, size, x1, x2, **aligned).mT
-            per_band = max(1, self._at_once // (len(left) * width))
-            for band in chunk_slices(height, per_band):
-                drawn = rows[:, band] @ cols
-                if rule.binarize:
-                    drawn = above(drawn, rule.strict_threshold).float()
-                pixels = slice(band.start * width, band.stop * width)
-                total[:, pixels].addmm_(weights[:, part], drawn.flatten(1))
-        return total.unflatten(1, (height, width))
-
-    def _reencode(self, average: Tensor, boxes: Tensor, window: tuple[int, ...]) -> Tensor:
-        """Bring averages to m x m cells of their tight boxes and draw these.
-
-        The cells are read where ``_average`` draws them, from pixels that are zero beyond the
-        window and repeated beyond the image.
-
-        Args:
-            average: (d, h, w) float32.
-            boxes: (d, 4) tight around the masks, in pixels of the window.
-            window: (x1, y1, x2, y2) in the image.
-
-        Returns:
-            (d, h, w) bool, nothing in an empty box.
-        """
-        rule, size = self._rule, self._masks.shape[-1]
-        shift = 0.0 if rule.corner_aligned else 0.5
-        cells = torch.arange(size, device=boxes.device) + shift
-        weights = []
-        for axis in (0, 1):
-            step = (boxes[:, axis + 2] - boxes[:, axis]) / size
-            points = boxes[:, axis, None] + cells * step[:, None] - shift
-            # Pixel 0 of the image is left of the window's, whose pixel 0 the boxes count from.
-            points.clamp_(-window[axis], self._image_size[1 - axis] - 1 - window[axis])
-            weights.append(hat_weights(points, average.shape[2 - axis]))
-        coded = weights[1] @ average @ weights[0].mT
-        if rule.binary_cells:
-            coded = (coded >= rule.mask_threshold).float()
-        drawn = render_masks(coded, boxes, average.shape[1:], corner_aligned=False)
-        return drawn >= rule.mask_threshold
-
-
-class _Canvas:
-    """Collects the masks of an image as they are made, in any order."""
-
-    def __init__(
-        self, num: int, image_size: tuple[int, int], output: str, device: torch.device
-    ) -> None:
-        """Start with D empty masks.
-
-        Raises:
-            ValueError: if ``output`` is neither "bool" nor "rle".
-        """
-        if output not in ("bool", "rle"):
-            raise ValueError(f'output must be "bool" or "rle", not {output!r}')
-        self._image_size = image_size
-        self._rles: list[Any] | None = [None] * num if output == "rle" else None
-        shape = (num, *image_size) if output == "bool" else (0, *image_size)
-        self._stack = torch.zeros(shape, dtype=torch.bool, device=device)
-        self._boxes = torch.zeros((num, 4), device=device)
-
-    def put(self, group: _Group, masks: Tensor, boxes: Tensor) -> None:
-        """Keep the masks and boxes of a group, (d, h, w) bool and (d, 4) on its window."""
-        x1, y1, x2, y2 = group.window
-        rows = torch.from_numpy(group.detections).to(masks.device)
-        self._boxes[rows] = boxes + boxes.new_tensor([x1, y1] * 2)
-        if self._rles is None:
-            self._stack[rows, y1:y2, x1:x2] = masks
-            return
-        coded = encode_crops(masks.cpu().numpy(), (x1, y1), self._image_size)
-        for row, rle in zip(group.detections.tolist(), coded, strict=True):
-            self._rles[row] = rle
-
-    def finish(self, min_side: int) -> tuple[Tensor, Tensor, Tensor | RLEList]:
-        """Return the rows that are left, their boxes and their masks.
-
-        Args:
-            min_side: pixels that a box must have along both sides.
-        """
-        sides = self._boxes[:, 2:] - self._boxes[:, :2]
-        keep = (sides >= min_side).all(dim=1).nonzero()[:, 0]
-        if self._rles is not None:
-            return keep, self._boxes[keep], RLEList(self._rles[i] for i in keep.tolist())
-        if len(keep) < len(self._boxes):
-            # Rows move up one by one: a second stack would double the memory.
-            for row, kept in enumerate(keep.tolist()):
-                self._stack[row] = self._stack[kept]
-        return keep, self._boxes[keep], self._stack[: len(keep)]
+    boxes = tight_boxes(above(average, rule.strict_threshold))
+    shift = 0.0 if rule.corner_aligned else 0.5
+    cells = torch.arange(size, device=boxes.device) + shift
+    weights = []
+    for axis in (0, 1):
+        step = (boxes[:, axis + 2] - boxes[:, axis]) / size
+        points = boxes[:, axis, None] + cells * step[:, None] - shift
+        # Pixel 0 of the image lies so far before pixel 0 of the window.
+        points.clamp_(-corner[axis], image_size[1 - axis] - 1 - corner[axis])
+        weights.append(hat_weights(points, average.shape[2 - axis]))
+    coded = weights[1].mT @ average @ weights[0]
+    if rule.binary_cells:
+        coded = (coded >= rule.mask_threshold).float()
+    drawn = render_masks(coded, boxes, average.shape[1:], corner_aligned=False)
+    return drawn >= rule.mask_threshold, boxes

@@ -19,7 +19,7 @@ def candidates(num, seed, m=21):
 
 
 def pixel_by_pixel(mask, box, image_size):
-    """Draw by MNC's rule, the outermost cells going on to the edge of the box."""
+    """Draw by MNC's rule: the nearest value wherever one index is that of the last cell."""
     m = len(mask)
     value = torch.zeros(image_size)
     x1, y1, x2, y2 = box.double().tolist()
@@ -29,15 +29,19 @@ def pixel_by_pixel(mask, box, image_size):
                 continue
             u, v = (x - x1) * m / (x2 - x1), (y - y1) * m / (y2 - y1)
             i, j = int(v), int(u)
-            below, right = min(i + 1, m - 1), min(j + 1, m - 1)
-            upper = mask[i, j] * (1 - (u - j)) + mask[i, right] * (u - j)
-            lower = mask[below, j] * (1 - (u - j)) + mask[below, right] * (u - j)
+            if max(i, j) == m - 1:
+                value[y, x] = mask[i, j]
+                continue
+            upper = mask[i, j] * (1 - (u - j)) + mask[i, j + 1] * (u - j)
+            lower = mask[i + 1, j] * (1 - (u - j)) + mask[i + 1, j + 1] * (u - j)
             value[y, x] = upper * (1 - (v - i)) + lower * (v - i)
     return value
 
 
 def test_corner_aligned_is_the_loop_over_pixels():
     masks, boxes = candidates(6, 0)
+    # Large enough that there are pixels of the last cell.
+    boxes[:2] = torch.tensor([[2.3, 1.0, 37.6, 29.9], [-4.0, 3.5, 25.0, 28.5]])
     found = render_masks(masks, boxes, SIZE, corner_aligned=True)
     for mask, box, drawn in zip(masks, boxes, found, strict=True):
         wanted = pixel_by_pixel(mask, box, SIZE)

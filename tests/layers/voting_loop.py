@@ -5,7 +5,7 @@ import numpy as np
 
 
 def drawn(mask, box, size, corner_aligned):
-    """Draw one mask; outermost cells go on to the edge of the box."""
+    """Draw one mask; MNC's rule takes the nearest value wherever one index is that of the last."""
     value, m = np.zeros(size, np.float32), len(mask)
     if not corner_aligned:
         x1, y1 = np.round(box[:2]).astype(int)
@@ -16,7 +16,7 @@ def drawn(mask, box, size, corner_aligned):
         ys, xs = slice(max(y1, 0), min(y2 + 1, size[0])), slice(max(x1, 0), min(x2 + 1, size[1]))
         value[ys, xs] = resized[ys.start - y1 : ys.stop - y1, xs.start - x1 : xs.stop - x1]
         return value
-    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    padded = np.pad(mask, ((0, 1), (0, 1)))
     y, x = (np.arange(length, dtype=np.float64) for length in size)
     y, x = y[(y >= box[1]) & (y <= box[3] - 1)], x[(x >= box[0]) & (x <= box[2] - 1)]
     if not len(y) or not len(x):
@@ -26,7 +26,9 @@ def drawn(mask, box, size, corner_aligned):
     f, g = (v - i)[:, None], (u - j)[None]
     upper = padded[i][:, j] * (1 - g) + padded[i][:, j + 1] * g
     lower = padded[i + 1][:, j] * (1 - g) + padded[i + 1][:, j + 1] * g
-    value[np.ix_(y.astype(int), x.astype(int))] = upper * (1 - f) + lower * f
+    last = (i == m - 1)[:, None] | (j == m - 1)[None]
+    picture = np.where(last, mask[i][:, j], upper * (1 - f) + lower * f)
+    value[np.ix_(y.astype(int), x.astype(int))] = picture
     return value
 
 
