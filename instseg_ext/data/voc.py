@@ -44,6 +44,12 @@ VOC_CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
     *("train", "tvmonitor"),
 )
+# The kinds of classes that SDS takes for similar, in its diagnosis of errors.
+_GROUPS = {
+    "vehicle": ("aeroplane", "bicycle", "boat", "bus", "car", "motorbike", "train"),
+    "living": ("bird", "cat", "cow", "dog", "horse", "person", "sheep"),
+    "indoor": ("bottle", "chair", "diningtable", "pottedplant", "sofa", "tvmonitor"),
+}
 _VOID = 255  # label of pixels that belong to nothing, such as the outlines of VOC's objects
 _VERSION = 1  # part of the cache folder's name: raise it when the conversion changes
 
@@ -299,10 +305,15 @@ def _convert(name: str, source: VocSource) -> dict:
             len(unclassed),
             unclassed[0],
         )
+    group_of = {member: group for group, members in _GROUPS.items() for member in members}
+    categories = [
+        {"id": index, "name": label, "supercategory": group_of[label]}
+        for index, label in enumerate(VOC_CLASSES, 1)
+    ]
     return {
         "info": {"description": name},
         "licenses": [],
-        "categories": [{"id": i, "name": c} for i, c in enumerate(VOC_CLASSES, 1)],
+        "categories": categories,
         "images": images,
         "annotations": annotations,
     }

@@ -36,7 +36,8 @@ def build_evaluator(
     """Build the evaluator named by the data set's ``evaluator_type``.
 
     Args:
-        cfg: read for ``TEST.KEYPOINT_OKS_SIGMAS``, ``INSTSEG.BOUNDARY_AP`` and ``INSTSEG.MAP_R``.
+        cfg: read for ``TEST.KEYPOINT_OKS_SIGMAS`` and ``INSTSEG``'s ``BOUNDARY_AP``, ``MAP_R`` and
+            ``MAP_R_ERRORS``.
         dataset_name: registered data set.
         method_hints: ``Method.evaluator_hints``; ``segm_score_field`` names the field that ranks
             masks, ``map_r_rule`` the rule of the headline of AP^r (see ``InstSegSBDEvaluator``).
@@ -62,12 +63,13 @@ def build_evaluator(
             "keypoint_sigmas": tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
             "boundary": cfg.INSTSEG.BOUNDARY_AP,
         }
-        if kind == "sbd" or cfg.INSTSEG.MAP_R:
-            rule = method_hints.get("map_r_rule", "voc")
-            return InstSegSBDEvaluator(dataset_name, output_dir, rule=rule, **options)
+        errors = cfg.INSTSEG.MAP_R_ERRORS
+        if kind == "sbd" or cfg.INSTSEG.MAP_R or errors:
+            options |= {"rule": method_hints.get("map_r_rule", "voc"), "errors": errors}
+            return InstSegSBDEvaluator(dataset_name, output_dir, **options)
         return InstSegCOCOEvaluator(dataset_name, output_dir, **options)
     if kind in _FOREIGN:
-        for key in ("BOUNDARY_AP", "MAP_R"):
+        for key in ("BOUNDARY_AP", "MAP_R", "MAP_R_ERRORS"):
             if cfg.INSTSEG[key]:
                 logger.warning("INSTSEG.%s has no effect on %s, type %s.", key, dataset_name, kind)
         require_packages(dataset_name)

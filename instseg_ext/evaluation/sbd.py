@@ -13,6 +13,7 @@ import numpy as np
 
 from instseg_ext.evaluation.coco import InstSegCOCOEvaluator, ranked_for
 from instseg_ext.evaluation.coco_ap import category_names
+from instseg_ext.evaluation.region_errors import GAINS, error_gains
 from instseg_ext.evaluation.voc_ap import RULES, THRESHOLDS, region_average_precision
 
 __all__ = ["InstSegSBDEvaluator"]
@@ -34,8 +35,11 @@ class InstSegSBDEvaluator(InstSegCOCOEvaluator):
     It holds ``mAP50``, ``mAP70`` and ``mAPvol`` (mean over IoU 0.1, 0.2 ... 0.9) in percent, the
     same by each rule (``voc_mAP50``, ``sds_mAP50``, ...), and of each class ``AP-<class>`` at IoU
     0.5, ``AP70-<class>`` and ``APvol-<class>``. Classes without an object in the judged images are
-    NaN and no part of the means. It works on every data set with masks; what is gathered from the
-    processes and written to files is that of the class it extends.
+    NaN and no part of the means. With ``errors`` there are also ``gain_<kind>`` and
+    ``gain_<kind>-<class>``, see ``error_gains``.
+
+    It works on every data set with masks; what is gathered from the processes and written to files
+    is that of the class it extends.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class InstSegSBDEvaluator(InstSegCOCOEvaluator):
         output_dir: str | Path | None = None,
         *,
         rule: str = "voc",
+        errors: bool = False,
         **options: Any,
     ) -> None:
         """Load the ground truth of ``dataset_name``.
@@ -52,6 +57,7 @@ class InstSegSBDEvaluator(InstSegCOCOEvaluator):
             dataset_name: see ``InstSegCOCOEvaluator``.
             output_dir: see ``InstSegCOCOEvaluator``.
             rule: ``voc`` or ``sds``: by which the figures without a rule's name are.
+            errors: tell what kinds of wrong detections cost how much.
             **options: of ``InstSegCOCOEvaluator``.
 
         Raises:
@@ -61,6 +67,7 @@ class InstSegSBDEvaluator(InstSegCOCOEvaluator):
             raise ValueError(f"AP^r has the rules {' and '.join(RULES)}, not {rule!r}.")
         super().__init__(dataset_name, output_dir, **options)
         self._rule = rule
+        self._errors = errors
 
     def _measure(
         self, results: Sequence[Mapping[str, Any]], tasks: Sequence[str], seen: list[int] | None
@@ -69,8 +76,12 @@ class InstSegSBDEvaluator(InstSegCOCOEvaluator):
         if "segm" not in tasks:
             logger.warning("%s: there are no masks to compute AP^r from.", self._dataset_name)
             return scores
-        found = region_average_precision(self._dataset, ranked_for(TASK, results), image_ids=seen)
-        scores[TASK] = _figures(found, self._rule, category_names(self._dataset["categories"]))
+        ranked = ranked_for(TASK, results)
+        names = category_names(self._dataset["categories"])
+        found = region_average_precision(self._dataset, ranked, image_ids=seen)
+        scores[TASK] = _figures(found, self._rule, names)
+        if self._errors:
+            scores[TASK] |= _gains(error_gains(self._dataset, ranked, image_ids=seen), names)
         return scores
 
 
@@ -101,6 +112,16 @@ def _figures(
         classes = zip(names.values(), tables[rule][figure], strict=True)
         figures |= {f"{label}-{name}": float(value) for name, value in classes}
     return figures
+
+
+def _gains(found: Mapping[int, np.ndarray], names: Mapping[int, str]) -> dict[str, float]:
+    """Lay out what ``error_gains`` gives: means and classes, in percent."""
+    table = 100 * np.stack([found[key] for key in names])
+    gains = {f"gain_{kind}": _mean(column) for kind, column in zip(GAINS, table.T, strict=True)}
+    for kind, column in zip(GAINS, table.T, strict=True):
+        classes = zip(names.values(), column, strict=True)
+        gains |= {f"gain_{kind}-{name}": float(value) for name, value in classes}
+    return gains
 
 
 def _mean(values: np.ndarray) -> float:

@@ -31,9 +31,14 @@ __all__ = [
     "RULES",
     "THRESHOLDS",
     "all_point_ap",
+    "by_image",
+    "detected_region",
     "eleven_point_ap",
+    "image_regions",
+    "mask_overlaps",
     "match_best",
     "match_free",
+    "ranked_ap",
     "region_average_precision",
 ]
 
@@ -108,6 +113,23 @@ def match_free(overlaps: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return right
 
 
+def ranked_ap(
+    right: np.ndarray, objects: int, average: Callable[[np.ndarray, np.ndarray], float]
+) -> float:
+    """Compute AP of detections.
+
+    Args:
+        right: (N,) bool by falling score.
+        objects: how many there are to find, above 0.
+        average: ``all_point_ap`` or ``eleven_point_ap``.
+
+    Returns:
+        AP in [0, 1].
+    """
+    hits = right.cumsum()
+    return average(hits / objects, hits / np.arange(1, len(hits) + 1))
+
+
 class Rule(NamedTuple):
     """What tells one rule from the other."""
 
@@ -165,7 +187,7 @@ def region_average_precision(
     levels = np.asarray(thresholds, dtype=np.float64)
     chosen = None if image_ids is None else set(image_ids)
     images = [image for image in dataset["images"] if chosen is None or image["id"] in chosen]
-    truth, found = _by_image(dataset["annotations"]), _by_image(results)
+    truth, found = by_image(dataset["annotations"]), by_image(results)
     unknown = found.keys() - {image["id"] for image in dataset["images"]}
     if unknown:
         raise ValueError(
@@ -181,7 +203,7 @@ def region_average_precision(
     }
 
 
-def _by_image(entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[int, list[Mapping]]]:
+def by_image(entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[int, list[Mapping]]]:
     """Group annotations or results by image, then by category."""
     groups: dict[int, dict[int, list[Mapping]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
@@ -199,16 +221,16 @@ def _judge_image(
     """Add the objects and the detections of one image to the records of their classes."""
     for category in classes.keys() & (truth.keys() | found.keys()):
         record = classes[category]
-        objects, crowds = _regions(image, truth.get(category, ()))
+        objects, crowds = image_regions(image, truth.get(category, ()))
         record.objects += len(objects)
         detections = found.get(category)
         if not detections:
             continue
         scores = np.array([detection["score"] for detection in detections])
         order = np.argsort(-scores, kind="stable")
-        masks = [_detected_region(image, detections[index]) for index in order]
-        overlaps = _overlaps(masks, objects, crowd=False)
-        inside = _overlaps(masks, crowds, crowd=True).max(axis=1, initial=0.0)[:, None]
+        masks = [detected_region(image, detections[index]) for index in order]
+        overlaps = mask_overlaps(masks, objects, crowd=False)
+        inside = mask_overlaps(masks, crowds, crowd=True).max(axis=1, initial=0.0)[:, None]
         record.scores.append(scores[order])
         for name, rule in RULES.items():
             right = np.zeros((len(masks), len(levels)), dtype=bool)
@@ -218,10 +240,10 @@ def _judge_image(
             record.ignored[name].append(~right & rule.reached(inside, levels))
 
 
-def _regions(
+def image_regions(
     image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the masks of the objects, and those of the crowds; what has no outline is neither."""
+    """Return the masks of objects, and those of crowds; what has no outline is neither."""
     objects, crowds = [], []
     for annotation in annotations:
         rle = segmentation_rle(annotation.get("segmentation"), image["height"], image["width"])
@@ -230,7 +252,12 @@ def _regions(
     return objects, crowds
 
 
-def _detected_region(image: Mapping[str, Any], detection: Mapping[str, Any]) -> dict[str, Any]:
+def detected_region(image: Mapping[str, Any], detection: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mask of a detection.
+
+    Raises:
+        ValueError: if it is not of the size of the image.
+    """
     rle = detection["segmentation"]
     if list(rle["size"]) != [image["height"], image["width"]]:
         raise ValueError(
@@ -241,10 +268,10 @@ def _detected_region(image: Mapping[str, Any], detection: Mapping[str, Any]) -> 
     return rle
 
 
-def _overlaps(masks: list[dict], regions: list[dict], *, crowd: bool) -> np.ndarray:
+def mask_overlaps(masks: list[dict], regions: list[dict], *, crowd: bool) -> np.ndarray:
     """Return (N, G) IoU, or with ``crowd`` the share of each mask that lies in the region."""
-    if not regions:
-        return np.zeros((len(masks), 0))
+    if not regions or not masks:
+        return np.zeros((len(masks), len(regions)))
     return np.asarray(coco_mask.iou(masks, regions, [int(crowd)] * len(regions)))
 
 
@@ -257,9 +284,9 @@ def _average(name: str, rule: Rule, record: _Class, levels: np.ndarray) -> np.nd
     order = np.argsort(-np.concatenate(record.scores), kind="stable")
     right = np.concatenate(record.right[name])[order]
     counted = ~np.concatenate(record.ignored[name])[order]
-    values = []
-    for level in range(len(levels)):
-        hits = right[counted[:, level], level].cumsum()
-        precision = hits / np.arange(1, len(hits) + 1)
-        values.append(rule.average(hits / record.objects, precision))
-    return np.array(values)
+    return np.array(
+        [
+            ranked_ap(right[counted[:, level], level], record.objects, rule.average)
+            for level in range(len(levels))
+        ]
+    )

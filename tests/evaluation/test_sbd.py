@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 import instseg_ext
 from instseg_ext.evaluation import InstSegSBDEvaluator, build_evaluator, region_average_precision
 from instseg_ext.evaluation import coco as evaluator_module
+from instseg_ext.evaluation.region_errors import error_gains
 from instseg_ext.evaluation.report import class_table, metric_table
 from instseg_ext.evaluation.voc_ap import (
     THRESHOLDS,
@@ -155,6 +156,41 @@ def test_masks_of_another_size_are_refused():
         region_average_precision(strips([[]]), detections((7, 0.5, 0, 1)))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "gains"),
+    [
+        ((0, 6), [0.5, 0.5, 0, 0, 0]),  # IoU 0.375
+        ((16, 24), [0, 0, 0.5, 0, 0]),
+        ((24, 32), [0, 0, 0, 0.5, 0]),
+        ((32, 40), [0, 0, 0, 0, 0.5]),
+        ((0, 16), [0, 0, 0, 0, 0]),  # it is right, and the other one a double after full recall
+    ],
+)
+def test_what_an_error_costs(wrong, gains):
+    """One wrong detection before the right one."""
+    dataset = strips([[(0, 16)], []])
+    for category, ends in ((2, (16, 24)), (3, (24, 32))):
+        dataset["annotations"].append(
+            {"image_id": 0, "category_id": category, "segmentation": strip(*ends)}
+        )
+    dataset["categories"] = [
+        {"id": 1, "name": "cat", "supercategory": "animal"},
+        {"id": 2, "name": "dog", "supercategory": "animal"},
+        {"id": 3, "name": "car"},
+        {"id": 4, "name": "bus"},
+    ]
+    results = detections((0, 0.9, *wrong), (0, 0.5, 0, 16))
+    found = error_gains(dataset, results)
+    assert found[1].tolist() == pytest.approx(gains)
+    assert not found[2].any()
+    assert np.isnan(found[4]).all()
+    assert np.isnan(error_gains(dataset, results, image_ids=[1])[1]).all()
+    crowd = {"image_id": 0, "category_id": 1, "iscrowd": 1, "segmentation": strip(0, WIDTH)}
+    dataset["annotations"].append(crowd)
+    assert not error_gains(dataset, results)[1].any()
+    assert not error_gains(dataset, results[:1])[1].any()  # none is left
+
+
 def oracle(dataset, results, category, threshold, rule):
     """The rules word by word: every pair of masks, one detection at a time."""
 
@@ -287,6 +323,15 @@ def test_any_coco_set_on_request(make, tmp_path, name, dataset, perfect, registe
         )
     assert 0 < scores["voc"]["map_r"]["mAP70"] < scores["voc"]["map_r"]["mAP50"] <= 100
     assert scores["voc"]["map_r"]["mAPvol"] != scores["sds"]["map_r"]["mAPvol"]
+    cfg.INSTSEG.MAP_R_ERRORS = True
+    for index, (masks, classes, _) in perfect.items():
+        thin = masks & (np.indices(masks.shape)[2] % 3 == 0)
+        ranks = [0.5] * len(classes) + [0.9] * len(classes)
+        perfect[index] = (np.concatenate([masks, thin]), classes * 2, ranks)
+    model = make.oracle(perfect)
+    found = run(build_evaluator(cfg, coco, {}, None), model, dataset["images"])["map_r"]
+    assert found["gain_localisation"] > 0 == found["gain_similar"]
+    assert found["gain_localisation-disc"] > 0
     with pytest.raises(ValueError, match="rules voc and sds, not 'coco'"):
         InstSegSBDEvaluator(coco, rule="coco")
 
