@@ -5,7 +5,7 @@ Shapes: N images, R regions, K foreground classes, G groups per axis, P side of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +18,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from instseg_ext.layers.mask_ops import chunk_slices, masks_per_chunk
-from instseg_ext.layers.ps_roi_pool import ps_roi_average_pool
-from instseg_ext.methods.fcis.losses import (
-    class_logits,
-    hardest,
-    image_losses,
-    mask_logits,
-    region_losses,
-)
+from instseg_ext.layers.ps_roi_pool import ps_roi_average_pool, ps_roi_scores
+from instseg_ext.methods.fcis.losses import hardest, image_losses, region_losses
 from instseg_ext.methods.fcis.sampling import (
     Regions,
     SamplingOptions,
@@ -37,9 +30,6 @@ from instseg_ext.methods.fcis.sampling import (
 from instseg_ext.modeling.clip_first_rpn import clip_boxes
 
 __all__ = ["FCISROIHeads", "ScoreMaps"]
-
-# MiB of pooled maps of the regions that are looked at together without gradient.
-_CHUNK_MB = 32
 
 
 class ScoreMaps(NamedTuple):
@@ -53,6 +43,10 @@ class ScoreMaps(NamedTuple):
 
     classes: Tensor
     boxes: Tensor
+
+    def of_image(self, number: int) -> ScoreMaps:
+        """Return the maps of one image of the batch, as a batch of one."""
+        return ScoreMaps(*(x[number : number + 1] for x in self))
 
 
 class Pooled(NamedTuple):
@@ -186,7 +180,7 @@ class FCISROIHeads(nn.Module):
             if self.training:
                 return proposals, self.losses(maps, proposals, targets)
             found = [
-                self.candidates(maps, i, x.proposal_boxes.tensor, x.image_size)
+                self.candidates(maps.of_image(i), x.proposal_boxes.tensor, x.image_size)
                 for i, x in enumerate(proposals)
             ]
         return found, {}
@@ -198,23 +192,20 @@ class FCISROIHeads(nn.Module):
 
     def pool(self, maps: ScoreMaps, rois: Tensor) -> Pooled:
         """Read out the maps for (R, 5) regions: image index, then XYXY in image pixels."""
-        classes, boxes = (
-            ps_roi_average_pool(
-                x,
-                rois,
-                1 / self.stride,
-                group_size=self.group_size,
-                output_size=self.pooled_size,
-            )
-            for x in maps
-        )
-        return Pooled(classes.unflatten(1, (-1, 2)), boxes.mean(dim=(2, 3)))
+        scores = ps_roi_average_pool(maps.classes, rois, **self._pooling())
+        return Pooled(scores.unflatten(1, (-1, 2)), self._deltas(maps, rois))
 
-    def _pool_in_chunks(self, maps: ScoreMaps, rois: Tensor) -> Iterator[tuple[slice, Pooled]]:
-        """Yield the pooled maps of a part of the regions at a time; without regions of none."""
-        values = (2 * (self.num_classes + 1) + 4) * self.pooled_size**2
-        for part in chunk_slices(max(len(rois), 1), masks_per_chunk(4 * values, _CHUNK_MB)):
-            yield part, self.pool(maps, rois[part])
+    def _deltas(self, maps: ScoreMaps, rois: Tensor) -> Tensor:
+        """Return the (R, 4) box deltas of (R, 5) regions."""
+        return ps_roi_average_pool(maps.boxes, rois, **self._pooling()).mean(dim=(2, 3))
+
+    def _pooling(self) -> dict[str, Any]:
+        """Return the options of the pooling."""
+        return {
+            "spatial_scale": 1 / self.stride,
+            "group_size": self.group_size,
+            "output_size": self.pooled_size,
+        }
 
     def losses(
         self, maps: ScoreMaps, proposals: list[Instances], targets: list[Instances]
@@ -224,7 +215,7 @@ class FCISROIHeads(nn.Module):
         Every image has the same weight, so that ``INSTSEG.LOSS_NORMALIZER`` makes no difference.
         """
         chosen = [
-            self.sample_regions(maps, i, *pair)
+            self.sample_regions(maps.of_image(i), *pair)
             for i, pair in enumerate(zip(proposals, targets, strict=True))
         ]
         _log_counts(chosen, self.num_classes)
@@ -244,14 +235,11 @@ class FCISROIHeads(nn.Module):
         }
 
     @torch.no_grad()
-    def sample_regions(
-        self, maps: ScoreMaps, image: int, proposals: Instances, target: Instances
-    ) -> Regions:
+    def sample_regions(self, maps: ScoreMaps, proposals: Instances, target: Instances) -> Regions:
         """Choose the regions of one image that are trained, with their targets.
 
         Args:
-            maps: of the batch.
-            image: index of the image in it.
+            maps: of the image.
             proposals: with ``proposal_boxes``.
             target: the image's objects.
         """
@@ -266,23 +254,17 @@ class FCISROIHeads(nn.Module):
         )
         if not self.sampling.hard or len(regions) <= self.sampling.num_regions:
             return regions
-        ranks = []
-        index = torch.arange(len(regions), device=regions.boxes.device)
-        for part, pooled in self._pool_in_chunks(maps, _with_index(regions.boxes, image)):
-            losses = region_losses(*pooled, regions.take(index[part], self.num_classes))
-            ranks.append(losses.weighted(self.loss_weights))
-        return regions.take(hardest(torch.cat(ranks), self.sampling.num_regions), self.num_classes)
+        losses = region_losses(*self.pool(maps, _with_index(regions.boxes)), regions)
+        kept = hardest(losses.weighted(self.loss_weights), self.sampling.num_regions)
+        return regions.take(kept, self.num_classes)
 
     @torch.no_grad()
-    def candidates(
-        self, maps: ScoreMaps, image: int, boxes: Tensor, image_size: tuple[int, int]
-    ) -> Instances:
+    def candidates(self, maps: ScoreMaps, boxes: Tensor, image_size: tuple[int, int]) -> Instances:
         """Return the regions of all rounds, with one mask and the scores of all classes each.
 
         Args:
-            maps: of the batch.
-            image: index of the image in it.
-            boxes: (R, 4) proposals, network-input pixels.
+            maps: of one image.
+            boxes: (R, 4) its proposals, network-input pixels.
             image_size: (H, W) of the network input without padding.
 
         Returns:
@@ -290,32 +272,20 @@ class FCISROIHeads(nn.Module):
             and ``candidate_scores`` (C, K), probabilities in float32; C is at most R times the
             rounds. Small boxes are left out.
         """
-        boxes = boxes.float()
-        rounds = []
-        for _ in range(self.rounds):
-            masks, scores, deltas = self._read(maps, _with_index(boxes, image))
-            rounds.append((boxes, masks, scores))
-            boxes = clip_boxes(self.box2box_transform.apply_deltas(deltas, boxes), image_size)
-        boxes, masks, scores = (torch.cat(parts) for parts in zip(*rounds, strict=True))
-        sides = boxes[:, 2:] - boxes[:, :2]
-        found = Instances(
+        rounds = [boxes.float()]
+        for _ in range(self.rounds - 1):
+            deltas = self._deltas(maps, _with_index(rounds[-1]))
+            refined = self.box2box_transform.apply_deltas(deltas, rounds[-1])
+            rounds.append(clip_boxes(refined, image_size))
+        boxes = torch.cat(rounds)
+        boxes = boxes[((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(dim=1)]
+        logits, masks = ps_roi_scores(maps.classes, _with_index(boxes), **self._pooling())
+        return Instances(
             image_size,
             candidate_boxes=Boxes(boxes),
             candidate_masks=masks,
-            candidate_scores=scores,
+            candidate_scores=logits.softmax(dim=1)[:, : self.num_classes],
         )
-        return found[(sides >= self.min_size).all(dim=1)]
-
-    def _read(self, maps: ScoreMaps, rois: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return masks (R, P, P), scores (R, K) and box deltas (R, 4) of (R, 5) regions."""
-        parts = []
-        for _, pooled in self._pool_in_chunks(maps, rois):
-            logits = class_logits(pooled.scores)
-            best = logits[:, : self.num_classes].argmax(dim=1)
-            masks = mask_logits(pooled.scores, best).sigmoid()
-            parts.append((masks, logits.softmax(dim=1)[:, : self.num_classes], pooled.deltas))
-        masks, scores, deltas = (torch.cat(column) for column in zip(*parts, strict=True))
-        return masks, scores, deltas
 
 
 def _check(group_size: int, pooled_size: int, loss_weights: Sequence[float], rounds: int) -> None:
@@ -338,7 +308,7 @@ def _check(group_size: int, pooled_size: int, loss_weights: Sequence[float], rou
         raise ValueError(f"MODEL.FCIS.ITER must be at least 1, not {rounds}.")
 
 
-def _with_index(boxes: Tensor, image: int) -> Tensor:
+def _with_index(boxes: Tensor, image: int = 0) -> Tensor:
     """Return (R, 5): the index of the image before each of (R, 4) boxes."""
     return F.pad(boxes, (1, 0), value=image)
 

@@ -87,7 +87,7 @@ def test_acceptance_check_7_masks_are_those_of_the_best_foreground_class():
     pairs = maps.classes.unflatten(1, (3, 2, 49))
     pairs.zero_()
     pairs[:, 0, 1], pairs[:, 1, 1], pairs[:, 2, 1] = 1.0, 2.0, 9.0
-    found = heads.candidates(maps, 0, torch.tensor([[16.0, 16.0, 100.0, 100.0]]), (128, 128))
+    found = heads.candidates(maps, torch.tensor([[16.0, 16.0, 100.0, 100.0]]), (128, 128))
     assert found.candidate_scores.shape == (2, 2)
     assert found.candidate_scores.sum() < 0.01
     torch.testing.assert_close(
@@ -144,11 +144,11 @@ class TestHardRegions:
     def test_acceptance_check_8_they_are_ranked_by_all_three_losses(self):
         heads, maps, proposals, target = self.scene(300)
         options = SamplingOptions(num_regions=1000, append_gt=False)
-        everything = heads_of(1, options=options).sample_regions(maps, 0, proposals, target)
+        everything = heads_of(1, options=options).sample_regions(maps, proposals, target)
         assert len(everything) == 300
         rois = torch.cat([torch.zeros(300, 1), everything.boxes], dim=1)
         losses = region_losses(*heads.pool(maps, rois), everything).weighted(WEIGHTS)
-        kept = heads.sample_regions(maps, 0, proposals, target)
+        kept = heads.sample_regions(maps, proposals, target)
         assert len(kept) == 128
         expected = everything.boxes[losses.topk(128).indices]
         assert set(map(tuple, kept.boxes.tolist())) == set(map(tuple, expected.tolist()))
@@ -161,7 +161,7 @@ class TestHardRegions:
         with EventStorage():
             losses = heads.losses(maps, [proposals], [target])
         sum(losses.values()).backward()
-        kept = heads.sample_regions(maps, 0, proposals, target)
+        kept = heads.sample_regions(maps, proposals, target)
         assert len(kept) == min(regions, 128)
         again = ScoreMaps(*(x.detach().clone().requires_grad_() for x in maps))
         rois = torch.cat([torch.zeros(len(kept), 1), kept.boxes], dim=1)
@@ -180,10 +180,10 @@ class TestRounds:
         heads, maps = heads_of(2), maps_of(2)
         maps.boxes.zero_()
         boxes = torch.tensor([[-5.0, 3.0, 60.0, 50.0], [20.0, 20.0, 140.0, 90.0]])
-        found = heads.candidates(maps, 0, boxes, (128, 128))
+        found = heads.candidates(maps, boxes, (128, 128))
         clipped = torch.tensor([[0.0, 3.0, 60.0, 50.0], [20.0, 20.0, 128.0, 90.0]])
         torch.testing.assert_close(found.candidate_boxes.tensor[2:], clipped)
-        inside = heads.candidates(maps, 0, clipped, (128, 128))
+        inside = heads.candidates(maps, clipped, (128, 128))
         torch.testing.assert_close(inside.candidate_scores[:2], inside.candidate_scores[2:])
         torch.testing.assert_close(inside.candidate_masks[:2], inside.candidate_masks[2:])
 
@@ -192,27 +192,28 @@ class TestRounds:
         maps.boxes.unflatten(1, (4, 49))[:, 0] = 0.5  # dx of a tenth of the width
         maps.boxes.unflatten(1, (4, 49))[:, 1:] = 0
         boxes = torch.tensor([[20.0, 20.0, 100.0, 100.0]])
-        found = heads.candidates(maps, 0, boxes, (128, 128))
+        found = heads.candidates(maps, boxes, (128, 128))
         moved = torch.tensor([[28.0, 20.0, 108.0, 100.0]])
         torch.testing.assert_close(found.candidate_boxes.tensor, torch.cat([boxes, moved]))
-        alone = heads.candidates(maps, 0, moved, (128, 128))
-        assert torch.equal(found.candidate_masks[1], alone.candidate_masks[0])
+        alone = heads.candidates(maps, moved, (128, 128))
+        torch.testing.assert_close(found.candidate_masks[1], alone.candidate_masks[0])
 
     def test_small_candidates_are_dropped(self):
         heads, maps = heads_of(2, rounds=1, min_size=16.0), maps_of(2)
         boxes = torch.tensor([[0.0, 0.0, 16.0, 16.0], [0.0, 0.0, 40.0, 15.9]])
-        assert len(heads.candidates(maps, 0, boxes, (128, 128))) == 1
+        assert len(heads.candidates(maps, boxes, (128, 128))) == 1
 
-    def test_parts_are_put_together_in_order(self, monkeypatch):
-        heads, maps = heads_of(2), maps_of(2, cells=(8, 8), images=2)
+    def test_candidates_are_what_training_looks_at(self):
+        """The pooling of inference reads the same maps the same way, of each image its own."""
+        heads, maps = heads_of(2, rounds=1).eval(), maps_of(2, images=2)
         corners = torch.rand(30, 2) * 60
         boxes = torch.cat([corners, corners + 20 + torch.rand(30, 2) * 40], dim=1)
-        whole = heads.candidates(maps, 1, boxes, (128, 128))
-        monkeypatch.setattr("instseg_ext.methods.fcis.roi_heads._CHUNK_MB", 0.1)
-        parts = heads.candidates(maps, 1, boxes, (128, 128))
-        assert len(parts) == 60
-        for name in ("candidate_masks", "candidate_scores"):
-            torch.testing.assert_close(parts.get(name), whole.get(name))
+        found = heads.candidates(maps.of_image(1), boxes, (128, 128))
+        scores, _ = heads.pool(maps, torch.cat([torch.ones(30, 1), boxes], dim=1))
+        logits = class_logits(scores)
+        torch.testing.assert_close(found.candidate_scores, logits.softmax(dim=1)[:, :2])
+        best = logits[:, :2].argmax(dim=1)
+        torch.testing.assert_close(found.candidate_masks, mask_logits(scores, best).sigmoid())
 
 
 class TestNothingToLookAt:
@@ -236,7 +237,8 @@ class TestNothingToLookAt:
         sum(losses.values()).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())
         if not objects:
-            assert float(losses["loss_mask"]) == float(losses["loss_box_reg"]) == 0
+            assert not losses["loss_mask"].any()
+            assert not losses["loss_box_reg"].any()
 
     def test_no_proposals_in_inference(self):
         heads = heads_of(2).eval()
