@@ -62,9 +62,12 @@ def crop_masks(
     x1, y1, x2, y2 = boxes.long().unbind(dim=1)
     columns, weight_x = _taps(x1, x2 - x1, size, width)
     rows, weight_y = _taps(y1, y2 - y1, size, height)
+    pixels, lines = masks.reshape(-1), (index[:, None] * height + rows) * width
     value = torch.zeros((len(boxes), size, size), dtype=torch.float32, device=boxes.device)
-    for row, in_row in zip(rows, weight_y, strict=True):
+    for line, in_row in zip(lines, weight_y, strict=True):
         for column, in_column in zip(columns, weight_x, strict=True):
-            pixel = masks[index[:, None, None], row[:, :, None], column[:, None, :]]
+            place = line[:, :, None] + column[:, None, :]
+            # Many times faster than indexing.
+            pixel = pixels.index_select(0, place.flatten()).view_as(value)
             value += in_row[:, :, None] * in_column[:, None, :] * pixel
     return value >= threshold

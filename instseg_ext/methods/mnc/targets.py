@@ -16,7 +16,8 @@ from instseg_ext.structures.matched_masks import as_matched_masks
 
 __all__ = ["mask_level_labels", "mask_targets", "whole_pixels"]
 
-_PIXEL_BYTES = 11  # of a rendered mask, what drawing it takes, and three bool masks
+_PIXEL_BYTES = 16  # a drawn value, an index, and four bool masks
+_GROUP = 16  # masks drawn at once: few enough to be of similar size
 
 
 def whole_pixels(boxes: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def mask_level_labels(
 
     Args:
         probs: (R, m, m) predicted masks.
-        boxes: (R, 4) XYXY, network input.
+        boxes: (R, 4) XYXY, network input, inside the image.
         matched: (R,) int64, the object of each.
         labels: (R,) int64 class of each box, K for background.
         target: objects with ``gt_masks``.
@@ -124,39 +125,39 @@ def _mask_iou(
 ) -> Tensor:
     """Return the IoU (R,) float64 of predicted masks and objects.
 
-    Regions of one object lie close together, so that they are drawn and compared in a window around
-    them, which is much smaller than the image.
+    Masks are drawn and compared in frames of the size of their boxes, mostly much smaller than the
+    image, some boxes of similar size at a time.
 
     Args:
         probs: (R, m, m) float32.
-        boxes: (R, 4) whole pixels.
+        boxes: (R, 4) whole pixels, inside the image.
         masks: (M, H, W) bool.
         index: (R,) the object of each region.
         threshold: inclusive lower bound of a pixel of a predicted mask.
         budget_mb: MiB of working memory.
     """
-    image_size = masks.shape[-2:]
-    order = index.argsort()
-    objects, counts = index.unique(return_counts=True)
-    areas = count_pixels(masks)[objects]
-    groups = order.split(counts.tolist())
-    windows = torch.stack([_around(boxes[rows], image_size) for rows in groups]).tolist()
-    overlap, union = torch.zeros_like(index), torch.zeros_like(index)
-    for which, area, rows, window in zip(objects.tolist(), areas, groups, windows, strict=True):
-        x1, y1, x2, y2 = window
-        seen = masks[which, y1:y2, x1:x2]
-        for part in rows.split(masks_per_chunk(_PIXEL_BYTES * seen.numel(), budget_mb)):
-            drawn = render_masks(
-                probs[part], boxes[part], image_size, corner_aligned=False, window=window
-            )
-            predicted = drawn >= threshold
-            overlap[part] = count_pixels(predicted & seen)
-            union[part] = count_pixels(predicted) + area - overlap[part]
+    height, width = masks.shape[-2:]
+    pixels = masks.reshape(-1)
+    first, sides = boxes[:, :2].long(), (boxes[:, 2:] - boxes[:, :2]).long()
+    groups = (
+        sides.prod(dim=1)
+        .argsort()
+        .split(min(_GROUP, masks_per_chunk(_PIXEL_BYTES * height * width, budget_mb)))
+    )
+    frames = torch.stack([sides[rows].amax(dim=0) for rows in groups]).tolist()
+    overlap, predicted = torch.zeros_like(index), torch.zeros_like(index)
+    for rows, (columns, lines) in zip(groups, frames, strict=True):
+        in_frame = torch.cat([torch.zeros_like(sides[rows]), sides[rows]], dim=1)
+        drawn = render_masks(probs[rows], in_frame, (lines, columns), corner_aligned=False)
+        drawn = drawn >= threshold
+        # Past its box, a frame may leave the image; nothing is drawn there.
+        x = first[rows, :1] + torch.arange(columns, device=boxes.device)
+        y = first[rows, 1:] + torch.arange(lines, device=boxes.device)
+        line = (index[rows, None] * height + y.clamp(max=height - 1)) * width
+        index_of_pixel = line[:, :, None] + x.clamp(max=width - 1)[:, None]
+        # Many times faster than indexing.
+        seen = pixels.index_select(0, index_of_pixel.flatten()).view_as(drawn)
+        predicted[rows] = count_pixels(drawn)
+        overlap[rows] = count_pixels(drawn & seen)
+    union = predicted + count_pixels(masks)[index] - overlap
     return overlap.double() / union.clamp(min=1)
-
-
-def _around(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Return the part (4,) int64 of the image that boxes of whole pixels cover."""
-    height, width = image_size
-    window = torch.cat([boxes[:, :2].amin(dim=0), boxes[:, 2:].amax(dim=0)]).long()
-    return window.clamp(min=0).minimum(window.new_tensor([width, height, width, height]))

@@ -132,7 +132,7 @@ def test_the_iou_decides():
 
 
 def test_drawings_are_small(monkeypatch):
-    """Nothing larger than the regions of one object, or than the budget, is drawn at once."""
+    """No drawing is larger than its boxes, or than the budget."""
     target = blobs()
     boxes, matched = near(target, 80)
     drawn = []
@@ -145,12 +145,13 @@ def test_drawings_are_small(monkeypatch):
     monkeypatch.setattr(module, "render_masks", render)
     labels, probs = target.gt_classes[matched], torch.rand((80, 21, 21))
     mask_level_labels(probs, boxes, matched, labels, target, num_classes=20)
-    assert len(drawn) == 4
-    assert max(x.numel() for x in drawn) < 20 * 70 * 80
+    sides = whole_pixels(boxes)[:, 2:] - whole_pixels(boxes)[:, :2]
+    assert len(drawn) == 5
+    assert max(x[0].numel() for x in drawn) <= sides.amax(dim=0).prod() < HEIGHT * WIDTH / 2
     drawn.clear()
-    mask_level_labels(probs, boxes, matched, labels, target, num_classes=20, budget_mb=0.1)
-    assert len(drawn) > 8
-    assert max(x.numel() for x in drawn) * 11 <= 0.1 * 2**20
+    mask_level_labels(probs, boxes, matched, labels, target, num_classes=20, budget_mb=0.4)
+    assert len(drawn) == 40
+    assert max(x.numel() for x in drawn) * 16 <= 0.4 * 2**20
 
 
 def test_nothing_to_label():
