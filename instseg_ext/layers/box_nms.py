@@ -8,7 +8,7 @@ from torchvision.ops import nms
 __all__ = ["class_nms"]
 
 # Boxes that are looked at first, as a multiple of the detections wanted.
-_FIRST_LOOK = 8
+_FIRST_LOOK = 2
 
 
 def class_nms(
