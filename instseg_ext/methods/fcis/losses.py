@@ -75,7 +75,7 @@ def region_losses(scores: Tensor, deltas: Tensor, regions: Regions) -> RegionLos
     """
     foreground = regions.foreground(scores.shape[1] - 1)
     of_class = F.cross_entropy(class_logits(scores), regions.classes, reduction="none")
-    logits = mask_logits(scores[foreground], regions.classes[foreground])
+    logits = mask_logits(scores, regions.classes)[foreground]
     of_mask = F.binary_cross_entropy_with_logits(logits, regions.masks, reduction="none")
     of_box = F.smooth_l1_loss(
         deltas[foreground], regions.deltas[foreground], reduction="none", beta=1.0
