@@ -53,6 +53,7 @@ def root(tmp_path, monkeypatch):
     for name, files in before.items():
         if files:
             registration.register(name, *files, evaluator_type="sbd")
+            MetadataCatalog.get(name).thing_classes = list(VOC_CLASSES)
 
 
 def maps(seed):
