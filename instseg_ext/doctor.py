@@ -27,6 +27,7 @@ _BROKEN = (ImportError, AttributeError, OSError, RuntimeError, TypeError, ValueE
 _OPTIONAL = (
     ("tensorboard", "TensorBoard logs"),
     ("safetensors", "reading .safetensors files"),
+    ("h5py", "reading HDF5 files of Caffe"),
     ("wandb", "WandB logs"),
     ("lvis", "LVIS evaluation"),
     ("cityscapesscripts", "Cityscapes evaluation"),
