@@ -125,6 +125,27 @@ CASES = [
         ),
         sees_padding=True,
     ),
+    Case(
+        "MNC",
+        "MNC/nuclei_mnc_R_18_FPN",
+        (
+            *TINY_RCNN,
+            "MODEL.MNC.MASK_CONV_DIM", 8,
+            "MODEL.MNC.MASK_FC_DIM", 32,
+        ),
+        sees_padding=True,
+    ),
+    Case(
+        "FCIS",
+        "FCIS/nuclei_fcis_R_18",
+        (
+            "MODEL.RPN.CONV_DIMS", [32],
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40,
+            "MODEL.RPN.POST_NMS_TOPK_TEST", 40,
+            "MODEL.FCIS.HEAD_DIM", 32,
+        ),
+        sees_padding=True,
+    ),
 ]  # fmt: skip
 
 
