@@ -22,7 +22,10 @@ from instseg_ext.layers.mask_render import column_factors, pixel_boxes, row_fact
 
 __all__ = ["AverageOptions", "MaskAverages"]
 
-_CPU_TILE = 64  # pixels; smaller ones take more steps, larger ones draw more beside the boxes
+_SMALLEST_TILE = 64  # pixels
+# Tiles along a side of an image, on the CPU. More of them take more steps, fewer draw more beside
+# the boxes.
+_CPU_TILES = 10
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,12 @@ class MaskAverages:
 
     def _tile(self, num: int) -> int:
         """Return the side of the tiles for so many masks."""
+        # What is drawn may take half of the budget. Other devices are best at few large steps.
+        side = (self._budget / 8 / max(num, 1)) ** 0.5
         if self._boxes.device.type == "cpu":
-            return _CPU_TILE
-        # On other devices few large steps are best: what is drawn takes half of the budget.
-        return max(_CPU_TILE, int((self._budget / 8 / max(num, 1)) ** 0.5))
+            height, width = self._image_size
+            side = min(side, (height * width) ** 0.5 / _CPU_TILES)
+        return max(_SMALLEST_TILE, int(side))
 
 
 class _Columns:

@@ -49,6 +49,23 @@ def suppressed(boxes, scores, threshold):
     return np.array(kept, dtype=int)
 
 
+def resampled(picture, box, m, corner_aligned):
+    """Read m x m cells of a box of whole pixels from a picture, where the rule draws them."""
+    (height, width), (x1, y1, x2, y2) = picture.shape, box
+    shift = 0.0 if corner_aligned else 0.5
+    cells = np.zeros((m, m), np.float32)
+    for row in range(m):
+        for col in range(m):
+            y = np.clip(y1 + (row + shift) * (y2 - y1) / m - shift, 0, height - 1)
+            x = np.clip(x1 + (col + shift) * (x2 - x1) / m - shift, 0, width - 1)
+            i, j = int(y), int(x)
+            below, right = min(i + 1, height - 1), min(j + 1, width - 1)
+            upper = picture[i, j] * (1 - (x - j)) + picture[i, right] * (x - j)
+            lower = picture[below, j] * (1 - (x - j)) + picture[below, right] * (x - j)
+            cells[row, col] = upper * (1 - (y - i)) + lower * (y - i)
+    return cells
+
+
 def vote_by_loop(boxes, masks, scores, size, rule):
     """Return a list of (score, class, box, average), by falling score, and drop nothing.
 
