@@ -68,14 +68,16 @@ class MNCRCNN(VotingRCNN):
                 "MIX_INDEX False turn that off."
             )
         node = cfg.MODEL.MNC
-        rule = VotingRule.mnc(
-            nms_threshold=node.VOTE_NMS,
-            voter_iou=node.VOTE_IOU,
-            mask_threshold=node.BINARY_THRESH,
-            min_score=node.VOTE_MIN_SCORE,
-            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-            reencode=node.VOTE_REENCODE,
-        )
+        options = {
+            "nms_threshold": node.VOTE_NMS,
+            "mask_threshold": node.BINARY_THRESH,
+            "min_score": node.VOTE_MIN_SCORE,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+        if node.VOTE:
+            rule = VotingRule.mnc(voter_iou=node.VOTE_IOU, reencode=node.VOTE_REENCODE, **options)
+        else:
+            rule = VotingRule.own_masks(**options)
         return {
             **super().from_config(cfg),
             "voting": rule,

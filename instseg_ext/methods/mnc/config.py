@@ -127,6 +127,8 @@ def add_mnc_config(cfg: CN) -> None:
     _C.MODEL.MNC.BG_SPLIT_IOU = 0.1
     # Weight of the mask loss beside the losses of class and box, which have 1.
     _C.MODEL.MNC.MASK_LOSS_WEIGHT = 2.0
+    # True: masks of overlapping candidates are averaged. False: each detection has its own.
+    _C.MODEL.MNC.VOTE = True
     # IoU above which the lower of two boxes of a class is dropped before masks are voted.
     _C.MODEL.MNC.VOTE_NMS = 0.3
     # IoU with a detection from which any candidate votes for its mask.

@@ -97,6 +97,17 @@ class MaskHead(nn.Module):
         return logits.view(-1, self.mask_size, self.mask_size)
 
 
+def _halve(regions: Tensor) -> Tensor:
+    """Return the largest of each 2 x 2 cells of (R, C, P, P).
+
+    Without gradients by comparing rows and columns, several times as fast on a CPU.
+    """
+    if regions.requires_grad and torch.is_grad_enabled():
+        return F.max_pool2d(regions, 2)
+    rows = torch.maximum(regions[:, :, ::2], regions[:, :, 1::2])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
+
+
 class FCTower(nn.Module):
     """Max pooling and two fully connected layers, VGG's ``fc6`` and ``fc7``."""
 
@@ -111,7 +122,7 @@ class FCTower(nn.Module):
 
     def forward(self, regions: Tensor) -> Tensor:
         """Map (R, C, P, P) to (R, fc_dim)."""
-        x = F.max_pool2d(regions, 2).flatten(1)
+        x = _halve(regions).flatten(1)
         return self.fc2(self.fc1(x).relu_()).relu_()
 
 

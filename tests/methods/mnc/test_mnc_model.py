@@ -175,6 +175,17 @@ def test_detections(output):
 
 
 @torch.no_grad()
+def test_without_votes_each_detection_has_its_own_mask():
+    voted, own = (randomise(model_of(["MODEL.MNC.VOTE", vote])).eval() for vote in (True, False))
+    one, two = (model(batch(*OBJECTS))[0]["instances"] for model in (voted, own))
+    assert own.voting.voter_iou is None
+    candidates = own.inference(batch(*OBJECTS), do_postprocess=False)[0]
+    distance = torch.cdist(two.pred_boxes.tensor, candidates.candidate_boxes.tensor)
+    assert distance.min(dim=1).values.max() < 1e-3
+    assert not torch.equal(one.pred_boxes.tensor[:3], two.pred_boxes.tensor[:3])
+
+
+@torch.no_grad()
 def test_shortest_sides_are_those_of_the_original_image():
     model = model_of(["MODEL.MNC.MIN_SIDE", 4.0]).eval()
     inputs = batch(*OBJECTS)

@@ -48,6 +48,14 @@ def test_acceptance_check_7_the_mask_tower_comes_first():
     assert not torch.allclose(full[:, :dim], none[:, :dim])
 
 
+def test_towers_halve_regions_alike_with_and_without_gradients():
+    tower = model_of().roi_heads.box_tower
+    regions = torch.randn(3, 16, 14, 14).relu().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        plain = tower(regions)
+    assert torch.equal(plain, tower(regions.requires_grad_()))
+
+
 def test_shapes_of_the_published_head():
     with torch.device("meta"):
         head = MaskHead(512, pool_size=14, mask_size=21, fc_dim=256)
