@@ -52,7 +52,7 @@ def read_caffe_hdf5(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 raise ValueError("it has no group /data")
             layers = {name: _member(h5py, file["data"], name) for name in file["data"]}
             return {
-                f"{layer}/{number}": _dataset(_member(h5py, group, number), size)
+                f"{layer}/{number}": _values(h5py, _member(h5py, group, number), size)
                 for layer, group in layers.items()
                 if isinstance(group, h5py.Group)
                 for number in group
@@ -79,9 +79,10 @@ def _member(h5py: ModuleType, group: Any, name: str) -> Any:
     return group.get(name)
 
 
-def _dataset(dataset: Any, file_size: int) -> np.ndarray:
+def _values(h5py: ModuleType, dataset: Any, file_size: int) -> np.ndarray:
     """Return the values of an array of numbers that lies in the file as it is."""
-    if not hasattr(dataset, "dtype") or dataset.shape is None or dataset.dtype.kind not in "fi":
+    array = isinstance(dataset, h5py.Dataset) and dataset.shape is not None
+    if not array or dataset.dtype.kind not in "fi":
         raise ValueError(f"{getattr(dataset, 'name', 'a member')} is no array of numbers")
     if dataset.is_virtual or dataset.external:
         raise ValueError(f"{dataset.name} lies in another file")

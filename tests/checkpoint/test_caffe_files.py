@@ -182,6 +182,10 @@ def _a_group(file):
     file.create_group("data/fc6/0")
 
 
+def _a_type(file):
+    file.create_group("data/fc6")["0"] = np.dtype("f4")
+
+
 def _values_of_another_file(file):
     group = file.create_group("data/fc6")
     group.create_dataset("0", (4,), "f4", external=[("values.bin", 0, 16)])
@@ -199,6 +203,7 @@ def _huge(file):
         (_a_link, "/data/fc6/0 is a link"),
         (_text, "/data/fc6/0 is no array of numbers"),
         (_a_group, "/data/fc6/0 is no array of numbers"),
+        (_a_type, "/data/fc6/0 is no array of numbers"),
         (_values_of_another_file, "/data/fc6/0 lies in another file"),
         (_huge, f"/data/fc6/0 would take {2**42} bytes of memory but takes 0 in the file"),
     ],
