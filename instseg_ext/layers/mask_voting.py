@@ -83,9 +83,9 @@ class VotingRule:
         """Return MNC's rule: soft masks are averaged.
 
         Note:
-            The authors draw masks half a cell up and left of where training puts them, and read
-            them as far down and right when they bring the average back to cells. Without that, the
-            default, they are drawn in their place at once.
+            The authors draw masks half a cell up and left of where their targets are, which
+            bringing the average back to cells undoes in part. Without that, the default, masks are
+            drawn in their place.
 
         Args:
             reencode: as the authors do it, cells cut by the threshold.
