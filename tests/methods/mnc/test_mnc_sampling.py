@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 
 from instseg_ext.methods.mnc.config import add_mnc_config
 from instseg_ext.methods.mnc.sampling import (
@@ -50,6 +50,7 @@ def overlapping(counts):
     [
         ({0.75: 40, 0.25: 100, 0: 100}, 19, 38, 7),  # check 9 of the method's list
         ({0.75: 40, 0.25: 100}, 19, 38, 0),  # nobody makes up for the missing ones
+        ({0.75: 40, 0.0625: 100}, 19, 0, 7),
         ({0.75: 3, 0.25: 20, 0: 100}, 4, 20, 9),  # 3 and the object: 60 are left, 51 and 9
         ({0.25: 100, 0: 100}, 1, 54, 9),  # the object alone: round(53.55), round(9.45)
         ({0.75: 13, 0.25: 100, 0: 100}, 14, 42, 8),  # halves: 42.5 and 7.5 go to even numbers
@@ -59,7 +60,7 @@ def overlapping(counts):
 def test_how_many_of_each(counts, foreground, near, far):
     given = proposals(overlapping(counts))
     (sampled,) = sample_regions([given], [target(OBJECT)], OPTIONS)
-    iou = given.proposal_boxes.tensor[:, 3] / 100 - 1
+    iou = pairwise_iou(given.proposal_boxes, target(OBJECT).gt_boxes)[:, 0]
     assert sampled.num_foreground == foreground
     assert len(sampled) == foreground + near + far
     assert (sampled.labels[:foreground] == 0).all()
@@ -67,9 +68,8 @@ def test_how_many_of_each(counts, foreground, near, far):
     rows = sampled.proposal_index
     background = rows[foreground:]
     assert (background >= 0).all()
-    is_far = given.proposal_boxes.tensor[background, 0] == 300
-    assert int(is_far.sum()) == far
-    assert (iou[background[~is_far]] == 0.25).all()
+    assert int((iou[background] < 0.1).sum()) == far
+    assert int((iou[background] > 0.1).sum()) == near
     for part in (rows[:foreground], background):
         assert len(part.unique()) == len(part)
 
