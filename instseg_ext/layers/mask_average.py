@@ -100,8 +100,8 @@ class MaskAverages:
         weights, reach = self._weights[rows][:, used], self._reach[used]
         boxes, masks = self._boxes[self._index(used)], self._masks[self._index(used)]
         tile = self._tile(len(used))
-        columns = _Columns(boxes, masks.shape[-1], reach, width, tile, options.corner_aligned)
-        columns.most_bytes = self._budget // 4
+        columns = _Columns(boxes, masks.shape[-1], options.corner_aligned, self._budget // 4)
+        columns.split(reach, width, tile)
         for top, bottom, band in _spans(reach[:, 1], reach[:, 3], tile, height):
             index = self._index(band)
             lines = row_factors(
@@ -130,24 +130,20 @@ class MaskAverages:
 
 
 class _Columns:
-    """What the cells of the masks count in each column, tile by tile; kept while memory allows.
+    """What the cells of the masks count in each column, tile by tile; kept while memory allows."""
 
-    Attributes:
-        most_bytes: that may be kept.
-    """
-
-    most_bytes = 0
-
-    def __init__(
-        self,
-        boxes: Tensor,
-        size: int,
-        reach: np.ndarray,
-        width: int,
-        tile: int,
-        corner_aligned: bool,
-    ) -> None:
+    def __init__(self, boxes: Tensor, size: int, corner_aligned: bool, most_bytes: int) -> None:
         self._boxes, self._size, self._corner_aligned = boxes, size, corner_aligned
+        self._bytes_left = most_bytes
+
+    def split(self, reach: np.ndarray, width: int, tile: int) -> None:
+        """Find which masks reach which tile.
+
+        Args:
+            reach: (n, 4) int, the pixels of each mask.
+            width: of the image.
+            tile: width of a tile.
+        """
         self._tiles = list(_spans(reach[:, 0], reach[:, 2], tile, width))
         self._reached = np.zeros((len(self._tiles), len(reach)), dtype=bool)
         for reached, (_, _, rows) in zip(self._reached, self._tiles, strict=True):
@@ -182,8 +178,8 @@ class _Columns:
         factors = column_factors(
             boxes, self._size, left, right, corner_aligned=self._corner_aligned
         )
-        self.most_bytes -= factors.nbytes
-        if self.most_bytes >= 0:
+        if factors.nbytes <= self._bytes_left:
+            self._bytes_left -= factors.nbytes
             self._kept[tile] = factors
         return factors
 
