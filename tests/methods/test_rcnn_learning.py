@@ -9,6 +9,8 @@ CONFIGS = {
     "mask_rcnn": "MaskRCNN/nuclei_mask_rcnn_R_18_FPN",
     "pointrend": "PointRend/nuclei_pointrend_R_18_FPN",
     "panet": "PANet/nuclei_panet_R_18_FPN",
+    "mnc": "MNC/nuclei_mnc_R_18_FPN",
+    "fcis": "FCIS/nuclei_fcis_R_18",
 }
 WIDTHS = {
     "mask_rcnn": [],
@@ -19,6 +21,8 @@ WIDTHS = {
         "MODEL.ROI_BOX_HEAD.NUM_CONV", 2,
         "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 8,
     ],
+    "mnc": ["MODEL.MNC.MASK_CONV_DIM", 32, "MODEL.MNC.MASK_FC_DIM", 128],
+    "fcis": ["MODEL.FCIS.HEAD_DIM", 128, "MODEL.FCIS.NUM_ROIS", 64],
 }  # fmt: skip
 # Images of twelve objects need as many regions with one.
 HALF_WITH_OBJECTS = [
@@ -53,7 +57,8 @@ def classes(method, number):
 
 
 @pytest.mark.parametrize(
-    ("method", "iterations"), [("pointrend", 250), ("mask_rcnn", 250), ("panet", 300)]
+    ("method", "iterations"),
+    [("pointrend", 250), ("mask_rcnn", 250), ("panet", 300), ("mnc", 200), ("fcis", 200)],
 )
 def test_three_shapes(method, iterations, tmp_path):
     opts = [*sized(128), *WIDTHS[method], *classes(method, 3)]
