@@ -88,7 +88,8 @@ def add_shared_config(cfg: CfgNode) -> None:
     # Evaluation of COCO-style data sets also gives AP of regions as SDS, MNC and FCIS report it
     # (task "map_r": mAP50, mAP70, mAPvol). The data sets sbd_* and voc_2012_inst_* always do.
     _C.INSTSEG.MAP_R = False
-    # AP of regions also says what kinds of wrong detections cost how much (gain_localisation, ...).
+    # AP of regions also says what kinds of wrong detections cost how much (gain_localisation, ...);
+    # MAP_R need not be typed then.
     _C.INSTSEG.MAP_R_ERRORS = False
 
     # Exponential moving average of the weights; evaluation uses it when enabled.
