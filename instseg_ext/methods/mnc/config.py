@@ -136,8 +136,8 @@ def add_mnc_config(cfg: CN) -> None:
     # Detections below this score are not considered. 0.0 as published; what drops out with 0.001
     # counts only where fewer than TEST.DETECTIONS_PER_IMAGE are left.
     _C.MODEL.MNC.VOTE_MIN_SCORE = 0.001
-    # True, as published: a voted mask is cropped to its box, sampled at MASK_SIZE and enlarged
-    # again.
+    # True, as published: voters are drawn by their corners, half a cell further up and left, and a
+    # voted mask is brought back to MASK_SIZE cells of its box, cut and enlarged again.
     _C.MODEL.MNC.VOTE_REENCODE = False
     # True: boxes end in their last pixel and grow by one in decoding, as in the authors' code.
     _C.MODEL.MNC.LEGACY_BOXES = False
