@@ -57,8 +57,10 @@ def mask_targets(
     Raises:
         ValueError: if the masks are not bit masks.
     """
+    if not len(boxes):  # images without objects may have no field of masks
+        return torch.zeros((0, size, size), dtype=torch.bool, device=boxes.device)
     masks = as_matched_masks(target.gt_masks)
-    index = masks.index[matched] if len(masks) else matched
+    index = masks.index[matched]
     return crop_masks(masks.masks, index, whole_pixels(boxes), size, threshold)
 
 

@@ -168,6 +168,15 @@ def test_nothing_to_label():
     assert mask_targets(none, index, empty, 21, 0.4).shape == (0, 21, 21)
 
 
+def test_images_without_objects_may_have_no_masks():
+    """detectron2's mapper gives images without annotations no field of masks."""
+    target = Instances((40, 40), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0))
+    none, index = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.int64)
+    found = mask_targets(none, index, target, 21, 0.4)
+    assert found.shape == (0, 21, 21)
+    assert found.dtype == torch.bool
+
+
 def test_whole_pixels():
     boxes = torch.tensor([[0.4, 0.6, 9.5, 10.5], [3.6, 3.6, 3.9, 3.7], [5.0, 6, 7, 8]])
     assert whole_pixels(boxes).tolist() == [[0, 1, 9, 11], [4, 4, 5, 5], [5, 6, 7, 8]]
