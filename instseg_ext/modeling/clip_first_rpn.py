@@ -23,7 +23,7 @@ from instseg_ext.layers.gradient_limit import GradientLimit
 
 __all__ = ["AnchorOverride", "ClipFirstRPN", "RPNState", "clip_boxes", "inside_image"]
 
-NORMALIZERS = ("constant", "labelled")
+NORMALIZERS = ("constant", "labelled", "mixed")
 
 
 class AnchorOverride(NamedTuple):
@@ -91,7 +91,8 @@ class ClipFirstRPN(RPN):
 
         Args:
             normalizer: what the losses of an image are divided by: "constant",
-                ``batch_size_per_image``, or "labelled", the anchors that have a label.
+                ``batch_size_per_image``; "labelled", the anchors that have a label; "mixed", the
+                class loss by these and the box loss by the constant.
             whole_cells: propose nothing at cells of which a part is outside the image.
             extra_pixel: boxes end one pixel further right and down than decoded, as in codes that
                 take a decoded width for the distance of the first and the last pixel.
@@ -288,8 +289,9 @@ class ClipFirstRPN(RPN):
                     label[index[usable[index]]] = value
         storage = get_event_storage()
         stacked = torch.stack(labels)
-        storage.put_scalar("rpn/num_pos_anchors", (stacked == 1).sum().item() / len(labels))
-        storage.put_scalar("rpn/num_neg_anchors", (stacked == 0).sum().item() / len(labels))
+        counts = torch.stack([(stacked == value).sum() for value in (1, 0)]).tolist()
+        for kind, number in zip(("pos", "neg"), counts, strict=True):
+            storage.put_scalar(f"rpn/num_{kind}_anchors", number / len(labels))
         logits, deltas = torch.cat(state.logits, dim=1), torch.cat(state.deltas, dim=1)
         objectness, location = zip(
             *(
@@ -308,21 +310,22 @@ class ClipFirstRPN(RPN):
         self, anchors: Tensor, logits: Tensor, deltas: Tensor, labels: Tensor, objects: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return both losses of one image: (A, 4), (A,), (A, 4), (A,), (A, 4)."""
-        labelled, positive = labels >= 0, labels == 1
+        labelled, positive = labels >= 0, (labels == 1).nonzero()[:, 0]
+        # Weights instead of a choice, so that nobody waits for the device to count.
         objectness = F.binary_cross_entropy_with_logits(
-            logits[labelled], labels[labelled].to(logits.dtype), reduction="sum"
+            logits, (labels == 1).to(logits), weight=labelled.to(logits), reduction="sum"
         )
         location = _dense_box_regression_loss(
             [anchors[positive]],
             self.box2box_transform,
             [deltas[positive][None].float()],
             [objects[positive]],
-            labels.new_ones((1, int(positive.sum())), dtype=torch.bool),
+            torch.ones_like(positive, dtype=torch.bool)[None],
             box_reg_loss_type=self.box_reg_loss_type,
             smooth_l1_beta=self.smooth_l1_beta,
         )
-        if self.normalizer == "labelled":
-            divisor = labelled.sum().clamp(min=1)
-        else:
-            divisor = self.batch_size_per_image
-        return objectness / divisor, location / divisor
+        number, constant = labelled.sum().clamp(min=1), self.batch_size_per_image
+        return (
+            objectness / (constant if self.normalizer == "constant" else number),
+            location / (number if self.normalizer == "labelled" else constant),
+        )

@@ -7,6 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from instseg_ext.layers.gradient_limit import GradientLimit
 from instseg_ext.modeling.clip_first_rpn import (
@@ -232,11 +233,12 @@ def test_gradients_of_boxes_are_bounded_and_stop_at_the_border(event_storage):
         assert int(rows.sum()) < len(index)
     assert passed
     assert gradient.abs().max() == torch.tensor(LIMIT)
-    loss = rpn.losses(state, some_objects())["loss_rpn_loc"]
+    loss = 10 * rpn.losses(state, some_objects())["loss_rpn_loc"]
     alone = torch.autograd.grad(loss, state.deltas, retain_graph=True)
-    both = torch.autograd.grad(loss + 0 * through_boxes, state.deltas)
-    for a, b in zip(alone, both, strict=True):
-        torch.testing.assert_close(a, b)
+    both = torch.autograd.grad(loss + through_boxes, state.deltas)
+    assert max(g.abs().max() for g in alone) > LIMIT
+    for a, b, through in zip(alone, both, grads, strict=True):
+        torch.testing.assert_close(b, a + through)
 
 
 def test_boxes_have_no_gradient_unless_asked_for():
@@ -307,7 +309,7 @@ def test_an_object_that_no_anchor_overlaps_makes_none_positive(event_storage):
     assert labels.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("normalizer", ["constant", "labelled"])
+@pytest.mark.parametrize("normalizer", ["constant", "labelled", "mixed"])
 def test_losses_by_hand(event_storage, normalizer):
     rpn = build(
         options={"normalizer": normalizer}, SMOOTH_L1_BETA=1 / 9, BATCH_SIZE_PER_IMAGE=10_000
@@ -319,16 +321,51 @@ def test_losses_by_hand(event_storage, normalizer):
     logits, deltas = torch.cat(state.logits, dim=1), torch.cat(state.deltas, dim=1)
     cls, loc = [], []
     for n, (labels, boxes) in enumerate(labels_of(rpn, state, targets)):
-        divisor = int((labels >= 0).sum()) if normalizer == "labelled" else 10_000
+        number = int((labels >= 0).sum())
+        of_cls = 10_000 if normalizer == "constant" else number
+        of_loc = number if normalizer == "labelled" else 10_000
         entropy = torch.nn.functional.softplus(torch.where(labels == 1, -logits[n], logits[n]))
-        cls.append(entropy[labels >= 0].sum() / divisor)
+        cls.append(entropy[labels >= 0].sum() / of_cls)
         goal = rpn.box2box_transform.get_deltas(anchors[labels == 1], boxes[labels == 1])
         error = (deltas[n, labels == 1] - goal).abs()
-        loc.append(torch.where(error < 1 / 9, 4.5 * error**2, error - 1 / 18).sum() / divisor)
+        loc.append(torch.where(error < 1 / 9, 4.5 * error**2, error - 1 / 18).sum() / of_loc)
     losses = rpn.losses(state, targets)
     torch.testing.assert_close(losses["loss_rpn_cls"], torch.stack(cls).mean())
     torch.testing.assert_close(losses["loss_rpn_loc"], torch.stack(loc).mean())
     assert (labels == 1).any()
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that are asked for one by one, for each of which a GPU has to be ready."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_losses_of_an_image_wait_for_no_count(event_storage):
+    rpn = build()
+    images, features = batch(1)
+    _, state = rpn.propose(images, features)
+    anchors = Boxes.cat(state.anchors)
+    labels, objects = rpn._label_anchors(anchors, some_objects()[0])
+    logits, deltas = torch.cat(state.logits, dim=1)[0], torch.cat(state.deltas, dim=1)[0]
+    with Waits() as waits:
+        losses = rpn._image_losses(anchors.tensor, logits, deltas, labels, objects)
+    assert waits.number == 1  # detectron2 makes sure that anchors have a width
+    assert min(losses) > 0
+
+
+def test_labelled_anchors_are_counted(event_storage):
+    rpn = build(BATCH_SIZE_PER_IMAGE=8)
+    images, features = batch()
+    _, state = rpn.propose(images, features)
+    found = torch.stack([labels for labels, _ in labels_of(rpn, state, some_objects())])
+    shown = event_storage.latest()
+    assert shown["rpn/num_pos_anchors"][0] == int((found == 1).sum()) / 2 > 0
+    assert shown["rpn/num_neg_anchors"][0] == int((found == 0).sum()) / 2 > 0
 
 
 def test_a_batch_is_the_mean_of_its_images(event_storage):
@@ -348,7 +385,7 @@ def test_a_batch_is_the_mean_of_its_images(event_storage):
         torch.testing.assert_close(value, (single[0][name] + single[1][name]) / 2)
 
 
-@pytest.mark.parametrize("normalizer", ["constant", "labelled"])
+@pytest.mark.parametrize("normalizer", ["constant", "labelled", "mixed"])
 @pytest.mark.parametrize("size", [(64, 96), (10, 12)], ids=["image", "no anchor inside"])
 def test_without_objects_losses_are_finite_and_reach_everything(event_storage, normalizer, size):
     rpn = build(options={"normalizer": normalizer})

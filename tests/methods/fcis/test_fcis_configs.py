@@ -40,7 +40,7 @@ def test_architecture(name):
     frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"stem", "res2"}
     assert rpn.whole_cells
-    assert rpn.normalizer == "constant"
+    assert rpn.normalizer == "mixed"
 
 
 def test_anchors_are_the_published_ones():
