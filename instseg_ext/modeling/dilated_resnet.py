@@ -48,11 +48,15 @@ class UnpaddedStem(BasicStem):
 
     The windows begin at the first pixel and the last one may be cut off; detectron2's begin one
     pixel before. Maps are of the same size up to one cell, but the grid is shifted.
+    Images smaller than a window are padded with zeros, the least that ReLU leaves.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C_out, about H / 4, about W / 4)."""
         x = F.relu_(self.conv1(x))
+        height, width = x.shape[-2:]
+        if min(height, width) < 3:
+            x = F.pad(x, (0, max(3 - width, 0), 0, max(3 - height, 0)))
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=0, ceil_mode=True)
 
 

@@ -65,6 +65,15 @@ def test_sizes_of_the_stems_differ_by_one_cell_at_most(size):
     assert theirs - 1 <= ours <= theirs
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (4, 20), (16, 3)])
+def test_images_smaller_than_a_window(size):
+    stem, x = UnpaddedStem(3, 4, ""), torch.rand(1, 3, *size)
+    before, found = stem.conv1(x).relu(), stem(x)
+    assert torch.equal(found.amax(dim=(2, 3)), before.amax(dim=(2, 3)))
+    for cells, pixels in zip(found.shape[2:], before.shape[2:], strict=True):
+        assert cells == max(pixels // 2, 1)
+
+
 class TestFixedBatchNorm:
     @staticmethod
     def pair():
