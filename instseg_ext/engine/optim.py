@@ -18,6 +18,7 @@ from torch import nn
 
 from instseg_ext.config import check_choice
 from instseg_ext.engine.distributed import plain_batch_norms
+from instseg_ext.modeling.dilated_resnet import FixedBatchNorm2d
 
 __all__ = [
     "TINY_BATCH",
@@ -31,8 +32,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# What detectron2 applies WEIGHT_DECAY_NORM to.
+# What WEIGHT_DECAY_NORM holds for: norms that detectron2 knows, and one more.
 _NORMS = (
+    FixedBatchNorm2d,
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -122,14 +124,26 @@ def _parameter_groups(cfg: CfgNode, model: nn.Module, rate: float) -> list[dict[
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         lr_factor_func=factor,
     )
-    if not norm_biases:
+    of_norms = norm_biases | _fixed_norms(model, with_biases=solver.WEIGHT_DECAY_BIAS is None)
+    if not of_norms:
         return groups
     decay = solver.WEIGHT_DECAY if solver.WEIGHT_DECAY_NORM is None else solver.WEIGHT_DECAY_NORM
-    # detectron2 knows the biases' decay by the parameter's name alone; of two values for one
-    # parameter the later one holds.
+    # detectron2 knows the biases' decay by the parameter's name alone, and not all norms; of two
+    # values for one parameter the later one holds.
     return reduce_param_groups(
-        [*groups, {"params": list(norm_biases.values()), "weight_decay": decay}]
+        [*groups, {"params": list(of_norms.values()), "weight_decay": decay}]
     )
+
+
+def _fixed_norms(model: nn.Module, with_biases: bool) -> dict[str, nn.Parameter]:
+    """Return the trained scales, and biases, of norms with fixed statistics by name."""
+    return {
+        f"{name}.{part}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, FixedBatchNorm2d)
+        for part, parameter in module.named_parameters()
+        if parameter.requires_grad and (with_biases or part != "bias")
+    }
 
 
 def _module_factors(model: nn.Module) -> dict[str, float]:

@@ -30,6 +30,7 @@ from instseg_ext.engine.distributed import plain_batch_norms
 from instseg_ext.engine.optim import build_scheduler
 from instseg_ext.engine.seeding import choose_seed, seed_step
 from instseg_ext.engine.writers import MetricsWriter, WandbWriter
+from instseg_ext.modeling.dilated_resnet import FixedBatchNorm2d
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +297,25 @@ class TestOptimizer:
         model.append(nn.GroupNorm(1, 3).requires_grad_(False))
         groups = build_optimizer(cfg, model).param_groups
         assert sum(len(group["params"]) for group in groups) == 5
+
+    @pytest.mark.parametrize("bias_decay", [None, 0.5])
+    @pytest.mark.parametrize("norm_biases_are_biases", [True, False])
+    def test_norms_of_fixed_statistics_are_norms(self, config, norm_biases_are_biases, bias_decay):
+        """They are treated as the norms that detectron2 knows; frozen ones are left out."""
+        cfg = config(
+            "SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.WEIGHT_DECAY_NORM", 0.002,
+            "SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", bias_decay,
+            "INSTSEG.NORM_BIASES_ARE_BIASES", norm_biases_are_biases,
+        )  # fmt: skip
+        model = nn.Sequential(FixedBatchNorm2d(3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+        got = self.settings(cfg, model)
+        for part in ("weight", "bias"):
+            assert got[f"0.{part}"] == got[f"1.{part}"]
+        assert got["0.weight"] == (0.1, 0.002)
+        assert got["2.weight"] == (0.1, 0.01)
+        model[0].requires_grad_(False)
+        groups = build_optimizer(cfg, model).param_groups
+        assert sum(len(group["params"]) for group in groups) == 4
 
     def test_a_module_can_ask_for_another_rate(self, config):
         """Factors multiply: those of nested modules, of the backbone and of biases."""

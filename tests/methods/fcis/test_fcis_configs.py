@@ -62,7 +62,8 @@ def test_recipe(name):
     assert pytest.approx((22 if sbd else 8) * epoch, abs=1) == solver.MAX_ITER
     assert solver.STEPS[0] == pytest.approx((14 if sbd else 5.33) * epoch, abs=2)
     assert (solver.GAMMA, solver.MOMENTUM, solver.NESTEROV) == (0.1, 0.9, False)
-    assert (solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_BIAS) == (0.0005, 0.0)
+    assert (solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM) == (0.0005, 0.0005)
+    assert solver.WEIGHT_DECAY_BIAS == 0.0
     assert cfg.INSTSEG.CLIP_GRAD_NORM == 0.0
     assert (given.MIN_SIZE_TRAIN, given.MAX_SIZE_TRAIN) == ((600,), 1000)
     assert (given.MIN_SIZE_TEST, given.MAX_SIZE_TEST) == (600, 1000)
