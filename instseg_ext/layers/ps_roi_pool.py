@@ -13,6 +13,8 @@ __all__ = ["ps_roi_average_pool", "ps_roi_scores"]
 
 _SMALLEST = 0.1  # cells: the least length of a region, as in the published code
 _PART_MB = 4  # MiB of pooled maps that stay in the cache until they are reduced
+_LIST_MB = 64  # MiB of working memory for lists of cells, int64
+_LISTS = 8  # of them at once
 
 
 def ps_roi_average_pool(
@@ -50,8 +52,18 @@ def ps_roi_average_pool(
     with torch.autocast(features.device.type, enabled=False):
         table = _table(features, (maps, group_size**2), (1, 0))
         shape = features.shape[2:]
-        indices, counts = _cells_of_bins(rois, spatial_scale, group_size, output_size, shape)
-        pooled = _means(table, indices, counts)
+        bins, size = output_size**2, _regions_at_once(output_size, shape)
+        parts = (
+            _cells_of_bins(part, spatial_scale, group_size, output_size, shape)
+            for part in rois.split(size)
+        )
+        if torch.is_grad_enabled() and table.requires_grad:
+            # One sum, because each has a gradient of its own, as large as the table.
+            pooled = _means(table, *map(torch.cat, zip(*parts, strict=True)))
+        else:
+            pooled = table.new_empty(len(rois) * bins, maps)
+            for means, cells in zip(pooled.split(size * bins), parts, strict=True):
+                means.copy_(_means(table, *cells))
     pooled = pooled.view(len(rois), output_size, output_size, maps).permute(0, 3, 1, 2)
     return pooled.to(features.dtype)
 
@@ -131,6 +143,18 @@ def _table(features: Tensor, parts: tuple[int, ...], order: tuple[int, ...]) -> 
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     cells = features.to(dtype).permute(0, 2, 3, 1).reshape(-1, *parts)
     return cells.permute(0, *(1 + i for i in order)).reshape(-1, features.shape[1] // parts[-1])
+
+
+def _regions_at_once(bins: int, shape: tuple[int, int]) -> int:
+    """Return for how many regions cells may be listed together, however large they are.
+
+    Args:
+        bins: P.
+        shape: (H, W).
+    """
+    height, width = shape
+    cells = (height + 2 * bins) * (width + 2 * bins)  # neighbours share up to two lines
+    return max(1, int(_LIST_MB * 2**20 / (cells * 8 * _LISTS)))
 
 
 def _means(table: Tensor, indices: Tensor, counts: Tensor) -> Tensor:

@@ -74,6 +74,40 @@ def test_values_and_gradients_equal_plain_loops(maps, groups, bins):
     assert (gradients[0] - gradients[1]).abs().max() < 1e-12
 
 
+@pytest.fixture
+def lists(monkeypatch):
+    """Lengths of the lists of cells that are made."""
+    lengths, listed = [], ps_roi_pool._cells_of_bins
+
+    def spy(*args):
+        found = listed(*args)
+        lengths.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(ps_roi_pool, "_cells_of_bins", spy)
+    return lengths
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_parts_of_the_regions_are_pooled_as_all_of_them(lists, monkeypatch, gradients):
+    features = torch.randn(2, 3 * 9, 10, 14, dtype=torch.float64, requires_grad=gradients)
+    pooled = [ps_roi_average_pool(features, regions(), SCALE, group_size=3, output_size=6)]
+    # lists of three regions
+    monkeypatch.setattr(ps_roi_pool, "_LIST_MB", 3.5 * 22 * 26 * 64 / 2**20)
+    pooled.append(ps_roi_average_pool(features, regions(), SCALE, group_size=3, output_size=6))
+    assert len(lists) == 1 + 3
+    assert torch.equal(*pooled)
+    if gradients:
+        assert torch.equal(*(torch.autograd.grad(x.square().sum(), features)[0] for x in pooled))
+
+
+def test_memory_does_not_grow_with_regions(lists):
+    roi = torch.tensor([[0.0, 0, 0, 2672, 1600]])
+    ps_roi_average_pool(torch.zeros(1, 49, 100, 167), roi.expand(40, -1), SCALE)
+    assert len(lists) > 1
+    assert max(lists) * 8 * 8 <= 64 * 2**20
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_region_of_21_cells_is_read_cell_by_cell(layout):
     features = torch.randn(1, 3 * 49, 23, 24).contiguous(memory_format=layout)
