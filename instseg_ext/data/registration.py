@@ -68,11 +68,17 @@ def register(
 
     Raises:
         ValueError: if the name already stands for other files. Registering the same files again is
-            allowed and changes nothing.
+            allowed and changes nothing; names of VOC and SBD are free for somebody's own files.
     """
     if not name:
         raise ValueError("A data set needs a non-empty name.")
     files = (Path(json_file).absolute(), Path(image_root).absolute())
+    if _is_converted(name) and _REGISTERED[name] != files:
+        # It may have meant these files before this package had a meaning for it.
+        logger.info("Data set %r is now that of %s.", name, files[0])
+        del _REGISTERED[name]
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
     if name in _REGISTERED:
         if _REGISTERED[name] != files:
             old = _REGISTERED[name]
@@ -105,7 +111,8 @@ def free_name(name: str, json_file: str | os.PathLike, image_root: str | os.Path
 def register_bundled() -> None:
     """Register nuclei, generated shapes, VOC and SBD; may be called any number of times.
 
-    A name of VOC or SBD that another package has taken stays with that package.
+    A name of VOC or SBD that somebody else has registered, or described in the metadata as another
+    data set, stays theirs.
     """
     nuclei = resources.root() / "datasets" / "nuclei"
     for name in NUCLEI:
@@ -116,9 +123,19 @@ def register_bundled() -> None:
             register(name, *cached_shapes(name))
     root = datasets_root()
     for name in _CONVERTED:
-        if name not in DatasetCatalog.list():
+        if name not in DatasetCatalog.list() and not _is_described(name):
             register(name, cached_annotations(name, root), root, evaluator_type="sbd")
             MetadataCatalog.get(name).thing_classes = list(VOC_CLASSES)
+
+
+def _is_described(name: str) -> bool:
+    """Tell whether somebody's metadata mean another data set than VOC's or SBD's of this name."""
+    if name not in MetadataCatalog.list():
+        return False
+    known = MetadataCatalog.get(name).as_dict()
+    ours = {"evaluator_type": "sbd", "thing_classes": list(VOC_CLASSES)}
+    files = known.keys() & {"json_file", "image_root"}
+    return bool(files) or any(known.get(key, value) != value for key, value in ours.items())
 
 
 def parse_register_flag(text: str) -> dict[str, str]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from detectron2.utils.logger import log_first_n
 
 from instseg_ext.data.voc import (
     VOC_CLASSES,
@@ -45,41 +47,63 @@ def _find_release(name: str, split: str, root: Path) -> VocSource:
     layout = find_layout(_RELEASE, split, root)
     if layout is None:
         raise not_found(name, _RELEASE, split, root)
-    return _source(layout, root, root / layout.folder / layout.list_file.format(split))
+    return _listed(layout, split, root)
 
 
 def _find_sds(name: str, split: str, root: Path) -> VocSource:
     """Take the papers' list where it is, else the images of SBD that VOC 2012's list names."""
     layout = find_layout(_SDS, split, root)
     if layout is not None:
-        return _source(layout, root, root / layout.folder / layout.list_file.format(split))
-    release = find_layout(_RELEASE, "train", root)
+        return _listed(layout, split, root)
+    whole = [layout for layout in _RELEASE if not layout.missing(root, "val")]
+    release = find_layout(whole, "train", root)
     voc_lists = [root / path.format(split) for path in _VOC_LISTS]
     voc_list = next((path for path in voc_lists if path.is_file()), None)
     if release is None or voc_list is None:
         more = (
-            f"or the release of SBD ({' or '.join(layout.folder for layout in _RELEASE)}) beside "
-            f"VOC 2012's list ({' or '.join(path.format(split) for path in _VOC_LISTS)})."
+            f"or the release of SBD ({' or '.join(layout.folder for layout in _RELEASE)}), with "
+            "train.txt and val.txt, beside VOC 2012's list "
+            f"({' or '.join(path.format(split) for path in _VOC_LISTS)})."
         )
         raise not_found(name, _SDS, split, root, more)
-    return _source(release, root, voc_list)
+    return _shared(name, release, voc_list, root)
 
 
-def _source(layout: Layout, root: Path, list_file: Path) -> VocSource:
-    """Describe the images that a list names, and SBD has."""
-    folder = root / layout.folder
-    objects, classes = folder / layout.objects, folder / layout.classes
-    names = read_names(list_file)
-    if folder not in list_file.parents:
-        there = {path.stem for path in objects.iterdir()}
-        names = [name for name in names if name in there]
-        if not names:
-            raise ValueError(f"{objects} has no image of {list_file}.")
+def _shared(name: str, layout: Layout, voc_list: Path, root: Path) -> VocSource:
+    """Describe the images of VOC 2012's list that SBD has.
+
+    By SBD's own lists, not by its files: a copy that lacks some must not pass for a smaller split.
+    """
+    own_lists = [root / layout.folder / layout.list_file.format(part) for part in ("train", "val")]
+    own = {image for path in own_lists for image in read_names(path)}
+    listed = read_names(voc_list)
+    names = [image for image in listed if image in own]
+    if not names:
+        raise ValueError(f"{own_lists[0]} and {own_lists[1].name} have no image of {voc_list}.")
+    log_first_n(
+        logging.INFO,
+        f"{name}: SBD has {len(names)} of the {len(listed)} images that {voc_list} names.",
+        key="message",
+    )
+    return _source(layout, root, names, [voc_list, *own_lists])
+
+
+def _listed(layout: Layout, split: str, root: Path) -> VocSource:
+    """Describe the images of a list that lies beside the files."""
+    list_file = root / layout.folder / layout.list_file.format(split)
+    return _source(layout, root, read_names(list_file), [list_file])
+
+
+def _source(
+    layout: Layout, root: Path, names: Sequence[str], list_files: Sequence[Path]
+) -> VocSource:
+    """Describe images of SBD, and the lists that they were taken from."""
+    objects, classes = (root / layout.folder / part for part in (layout.objects, layout.classes))
     return VocSource(
         names,
         f"{layout.folder}/{layout.images}",
         functools.partial(_read, objects, classes),
-        (list_file, objects, classes),
+        (*list_files, objects, classes),
     )
 
 

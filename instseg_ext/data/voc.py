@@ -247,9 +247,7 @@ def write_annotations(name: str, source: VocSource, json_file: Path) -> None:
     Raises:
         FileNotFoundError, ValueError: naming the file that is missing or cannot be read.
     """
-    stamp = {
-        str(path): [(status := path.stat()).st_mtime_ns, status.st_size] for path in source.stamped
-    }
+    stamp = {str(path): _stamp(path) for path in source.stamped}
     stamp_file = json_file.with_name("source.json")
     current = json_file.is_file() and stamp_file.is_file()
     if current and json.loads(stamp_file.read_text(encoding="utf-8")) == stamp:
@@ -260,6 +258,19 @@ def write_annotations(name: str, source: VocSource, json_file: Path) -> None:
     _write(json_file, content)
     # After the annotations: an interrupted run leaves no stamp that says they are current.
     _write(stamp_file, stamp)
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return numbers that change when a file is written, or any file of a folder."""
+    status = path.stat()
+    numbers = [status.st_mtime_ns, status.st_size]
+    if path.is_dir():
+        # The folder's own time tells of files that came or went, not of those written in place.
+        # Sums, since what is put in place of a file may be older than the newest one.
+        with os.scandir(path) as entries:
+            inside = [entry.stat() for entry in entries if entry.is_file()]
+        numbers += [sum(file.st_mtime_ns for file in inside), sum(file.st_size for file in inside)]
+    return numbers
 
 
 def _write(path: Path, content: dict) -> None:

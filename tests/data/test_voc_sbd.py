@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shlex
 import sys
 
 import numpy as np
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import logger
 from PIL import Image
 
 from instseg_ext.cli import main, train
-from instseg_ext.data import cheap_check, dataset_classes, ensure_files, registration
+from instseg_ext.config import add_shared_config
+from instseg_ext.data import (
+    add_data_config,
+    cheap_check,
+    dataset_classes,
+    dataset_files,
+    ensure_files,
+    registration,
+    voc,
+)
 from instseg_ext.data.voc import VOC_CLASSES
 from instseg_ext.engine import defaults
 from instseg_ext.structures.rle import decode_masks
@@ -153,17 +165,30 @@ def test_split_of_the_papers_in_their_layouts(root, folder, lists):
     check("sbd_sds_train", ["2008_0", "2008_1"])
 
 
-def test_split_of_the_papers_from_the_list_of_voc(root):
+def test_split_of_the_papers_from_the_list_of_voc(root, caplog):
     (root / "sbd").mkdir()
     write_sbd(root / "sbd", ["2008_0", "2008_1", "2008_2"])
-    write_list(root, "sbd/train.txt", ["2008_0"])
+    write_list(root, "sbd/train.txt", ["2008_0", "2008_2"])
+    write_list(root, "VOCdevkit/VOC2012/ImageSets/Main/val.txt", ["2011_7", "2008_2", "2008_1"])
     with pytest.raises(FileNotFoundError, match=r"(?s)VOCdevkitSDS/.*or the release of SBD"):
         ensure_files("sbd_sds_val")
-    write_list(root, "VOCdevkit/VOC2012/ImageSets/Main/val.txt", ["2011_7", "2008_2", "2008_1"])
-    check("sbd_sds_val", ["2008_2", "2008_1"])
+    write_list(root, "sbd/val.txt", ["2008_1"])
+    with caplog.at_level(logging.INFO):
+        check("sbd_sds_val", ["2008_2", "2008_1"])
+    assert "sbd_sds_val: SBD has 2 of the 3 images that" in caplog.text
     write_list(root, "VOCdevkit/VOC2012/ImageSets/Main/train.txt", ["2011_7"])
-    with pytest.raises(ValueError, match=r"inst has no image of .*train\.txt"):
+    with pytest.raises(ValueError, match=r"train\.txt and val\.txt have no image of .*train\.txt"):
         ensure_files("sbd_sds_train")
+
+
+def test_an_incomplete_copy_of_sbd_is_no_smaller_split(root):
+    (root / "sbd").mkdir()
+    write_sbd(root / "sbd", ["2008_0"])
+    write_list(root, "sbd/train.txt", ["2008_0"])
+    write_list(root, "sbd/val.txt", ["2008_9"])
+    write_list(root, "VOC2012/ImageSets/Main/val.txt", ["2008_0", "2008_9"])
+    with pytest.raises(FileNotFoundError, match=r"2008_9\.mat is missing, but the list of images"):
+        ensure_files("sbd_sds_val")
 
 
 @pytest.mark.parametrize("folder", ["VOC2012", "VOCdevkit/VOC2012"])
@@ -231,18 +256,99 @@ def test_files_are_read_once_and_again_when_they_change(root, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["annotations.json", "source.json"]
 
 
+def test_a_file_written_in_place_is_read_again(root):
+    """Also one that is older than the newest of the folder."""
+    (root / "sbd").mkdir()
+    write_sbd(root / "sbd", ["2008_0", "2008_1"])
+    write_list(root, "sbd/train.txt", ["2008_0"])
+    os.utime(root / "sbd/inst/2008_0.mat", (1, 1))
+    check("sbd_train", ["2008_0"])
+    content = {"Segmentation": maps(5)[0], "Categories": np.array([[12], [15]], dtype=np.uint8)}
+    with open(root / "sbd/inst/2008_0.mat", "wb") as file:
+        scipy_io.savemat(file, {"GTinst": content})
+    os.utime(root / "sbd/inst/2008_0.mat", (2, 2))
+    (record,) = DatasetCatalog.get("sbd_train")
+    assert record["annotations"][0]["bbox"] == [6, 9, 24, 15]
+
+
+def test_an_interrupted_conversion_is_made_again(root, monkeypatch):
+    """The annotations are written, but not yet what says that they are those of the files."""
+    (root / "sbd").mkdir()
+    write_sbd(root / "sbd", ["2008_0", "2008_1"])
+    write_list(root, "sbd/train.txt", ["2008_0"])
+    check("sbd_train", ["2008_0"])
+    write_list(root, "sbd/train.txt", ["2008_0", "2008_1"])
+    write, convert = voc._write, voc._convert
+    written, converted = [], []
+
+    def interrupted(path, content):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, content)
+
+    def counted(name, source):
+        converted.append(name)
+        return convert(name, source)
+
+    monkeypatch.setattr(voc, "_convert", counted)
+    monkeypatch.setattr(voc, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_files("sbd_train")
+    monkeypatch.setattr(voc, "_write", write)
+    assert written == ["annotations.json"]
+    for _ in range(2):
+        check("sbd_train", ["2008_0", "2008_1"])
+    assert len(converted) == 2  # the interrupted one, and one of the two after it
+
+
 def test_names_of_others_are_left_to_them(root, tmp_path):
-    """Nobody's own file is written over."""
+    """Whoever gives a name to own files has it, once; nobody's own file is written over."""
     own = tmp_path / "own.json"
-    own.write_text("{}")
-    del registration._REGISTERED["sbd_train"]
-    DatasetCatalog.remove("sbd_train")
-    MetadataCatalog.remove("sbd_train")
-    registration.register("sbd_train", own, tmp_path)
-    registration.register_bundled()
-    ensure_files("sbd_train")
-    assert own.read_text() == "{}"
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "own"}]}
+    own.write_text(json.dumps(content))
+    cfg = get_cfg()
+    add_shared_config(cfg)
+    add_data_config(cfg)
+    cfg.INSTSEG.DATASETS = [{"NAME": "sbd_train", "JSON": str(own), "IMAGES": str(tmp_path)}]
+    for _ in range(2):
+        registration.register_from_config(cfg)
+        ensure_files("sbd_train")
+    assert json.loads(own.read_text()) == content
+    assert dataset_classes("sbd_train") == ["own"]
     assert MetadataCatalog.get("sbd_train").evaluator_type == "coco"
+    with pytest.raises(ValueError, match=r"own\.json.* cannot also mean .*other\.json"):
+        registration.register("sbd_train", tmp_path / "other.json", tmp_path)
+
+
+@pytest.fixture
+def free_name(root):
+    """A name of SBD before anybody has registered it."""
+
+    def forget(name):
+        registration._REGISTERED.pop(name, None)
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            if name in catalog.list():
+                catalog.remove(name)
+
+    forget("sbd_val")
+    yield "sbd_val"
+    forget("sbd_val")
+
+
+def test_a_name_that_another_package_registered_is_left_to_it(free_name):
+    DatasetCatalog.register(free_name, lambda: ["theirs"])
+    registration.register_bundled()
+    assert DatasetCatalog.get(free_name) == ["theirs"]
+    assert dataset_files(free_name) is None
+
+
+@pytest.mark.parametrize("known", [{"thing_classes": ["own"]}, {"json_file": "own.json"}])
+def test_a_name_that_others_only_described_is_left_to_them(free_name, known):
+    MetadataCatalog.get(free_name).set(**known)
+    registration.register_bundled()
+    assert MetadataCatalog.get(free_name).as_dict() == {"name": free_name, **known}
+    assert free_name not in DatasetCatalog.list()
 
 
 @pytest.fixture
