@@ -23,6 +23,7 @@ _EXTRA = "pip install 'instseg_ext[caffe]'"
 # Protobuf refuses larger messages; Caffe then writes HDF5.
 _LARGEST_MESSAGE = 2**31 - 1
 _MOST_DIMENSIONS = 32
+_OBJECT_HEADER = 64  # an array in HDF5 takes more bytes than this beside its values
 
 
 # --- HDF5 ----------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def read_caffe_hdf5(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
         ImportError: if h5py is not installed.
         ValueError: if the file is damaged or holds something else; links to other places, and
-            arrays that take more memory than they take in the file, are refused.
+            arrays that take more memory than they take in the file, each or together, are refused.
     """
     h5py = _h5py(path)
     size = Path(path).stat().st_size
@@ -50,13 +51,7 @@ def read_caffe_hdf5(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         with h5py.File(path, "r") as file:
             if not isinstance(_member(h5py, file, "data"), h5py.Group):
                 raise ValueError("it has no group /data")
-            layers = {name: _member(h5py, file["data"], name) for name in file["data"]}
-            return {
-                f"{layer}/{number}": _values(h5py, _member(h5py, group, number), size)
-                for layer, group in layers.items()
-                if isinstance(group, h5py.Group)
-                for number in group
-            }
+            return _arrays(h5py, file["data"], size)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         # h5py raises all of these for damaged content.
         text = str(error).strip("'\"").rstrip(".")
@@ -79,8 +74,26 @@ def _member(h5py: ModuleType, group: Any, name: str) -> Any:
     return group.get(name)
 
 
-def _values(h5py: ModuleType, dataset: Any, file_size: int) -> np.ndarray:
-    """Return the values of an array of numbers that lies in the file as it is."""
+def _arrays(h5py: ModuleType, data: Any, file_size: int) -> dict[str, np.ndarray]:
+    """Read the arrays of all layers."""
+    arrays, taken = {}, 0
+    layers = {name: _member(h5py, data, name) for name in data}
+    for layer, group in layers.items():
+        for number in group if isinstance(group, h5py.Group) else ():
+            dataset = _dataset(h5py, _member(h5py, group, number), file_size)
+            # One array can have many names.
+            taken += dataset.nbytes + _OBJECT_HEADER
+            if taken > file_size:
+                raise ValueError(
+                    f"up to {dataset.name} its arrays take {taken} bytes, and the file has "
+                    f"{file_size}: some have several names, which Caffe does not do"
+                )
+            arrays[f"{layer}/{number}"] = dataset[()].astype(np.float32, copy=False)
+    return arrays
+
+
+def _dataset(h5py: ModuleType, dataset: Any, file_size: int) -> Any:
+    """Return what is an array of numbers that lies in the file as it is; nothing is read yet."""
     array = isinstance(dataset, h5py.Dataset) and dataset.shape is not None
     if not array or dataset.dtype.kind not in "fi":
         raise ValueError(f"{getattr(dataset, 'name', 'a member')} is no array of numbers")
@@ -92,7 +105,7 @@ def _values(h5py: ModuleType, dataset: Any, file_size: int) -> np.ndarray:
             f"{dataset.name} would take {dataset.nbytes} bytes of memory but takes {stored} in "
             "the file, which Caffe does not do"
         )
-    return dataset[()].astype(np.float32, copy=False)
+    return dataset
 
 
 # --- protobuf ------------------------------------------------------------------------------------
@@ -152,9 +165,15 @@ def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def _parse(path: str | os.PathLike[str]) -> Any:
     """Return the file's message."""
     try:
+        from google.protobuf import __version__, message_factory
         from google.protobuf.message import DecodeError
     except ImportError as error:
         raise ImportError(f"reading {path} needs protobuf: {_EXTRA}.") from error
+    if not hasattr(message_factory, "GetMessageClass"):
+        raise ImportError(
+            f"reading {path} needs protobuf 4.22 or later, and {__version__} is installed: "
+            f"{_EXTRA}."
+        )
     size = Path(path).stat().st_size
     if size > _LARGEST_MESSAGE:
         raise ValueError(
@@ -209,8 +228,10 @@ def _blob(blob: Any, number: int, convolution: bool, what: str) -> np.ndarray:
     double = bool(blob.double_data)
     packed = b"".join(blob.double_data if double else blob.data)
     shape = _shape(blob, number, convolution)
-    wanted = math.prod(shape) * (8 if double else 4)
-    if len(shape) > _MOST_DIMENSIONS or min(shape, default=1) < 0 or wanted != len(packed):
+    width = 8 if double else 4
+    # First of all the number of sizes: the product of thousands would take seconds.
+    sound = len(shape) <= _MOST_DIMENSIONS and min(shape, default=1) >= 0
+    if not sound or math.prod(shape) * width != len(packed):
         raise ValueError(
             f"{what} has {len(packed)} bytes of values, which do not make up its shape "
             f"{list(shape[:_MOST_DIMENSIONS])}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 
+import google.protobuf
 import h5py
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from checkpoint.caffe_writer import (
     write_caffemodel,
     write_hdf5,
 )
+from google.protobuf import message_factory
 
 from instseg_ext.checkpoint import caffe_files, read_weights
 
@@ -72,15 +75,21 @@ def test_sizes_of_one_are_kept_where_they_mean_something(tmp_path):
     assert_same(got, {"conv/0": one_filter, "fc/0": one_output})
 
 
-def test_a_shape_that_the_values_do_not_fill_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "shape", [[2**40, 2**20], [-1, -2], [1] * 32 + [2], [2**62] * 25_000], ids=len
+)
+def test_a_shape_that_the_values_do_not_fill_is_refused(tmp_path, shape):
+    """At once: the product of 25,000 numbers alone would take seconds."""
     net = messages()["NetParameter"]()
     blob = net.layer.add(name="fc6", type="InnerProduct").blobs.add()
-    blob.shape.dim.extend([2**40, 2**20])
+    blob.shape.dim.extend(shape)
     blob.data.extend([1.0, 2.0])
     path = tmp_path / "net.caffemodel"
     path.write_bytes(net.SerializeToString())
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"net\.caffemodel .* fc6/0 has 8 bytes of values"):
         read_weights(str(path))
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize(
@@ -195,6 +204,21 @@ def _huge(file):
     file.create_group("data/fc6").create_dataset("0", (2**40,), "f4", chunks=(1024,))
 
 
+def _many_names_of_one_array(file):
+    group = file.create_group("data/fc6")
+    group["0"] = np.zeros(2000, np.float32)
+    for number in range(1, 4):
+        group[str(number)] = group["0"]
+
+
+def _many_names_of_one_layer(file):
+    layer = file.create_group("data/fc0")
+    for number in range(20):
+        layer[str(number)] = np.zeros(0, np.float32)
+    for number in range(1, 20):
+        file[f"data/fc{number}"] = layer
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -206,6 +230,8 @@ def _huge(file):
         (_a_type, "/data/fc6/0 is no array of numbers"),
         (_values_of_another_file, "/data/fc6/0 lies in another file"),
         (_huge, f"/data/fc6/0 would take {2**42} bytes of memory but takes 0 in the file"),
+        (_many_names_of_one_array, r"up to /data/fc6/\d its arrays take \d+ bytes"),
+        (_many_names_of_one_layer, r"up to /data/fc\d+/\d+ its arrays take"),
     ],
 )
 def test_what_caffe_does_not_write_is_refused(tmp_path, make, told):
@@ -230,3 +256,12 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, packag
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"instseg_ext\[caffe\]"):
         read_weights(str(tmp_path / name))
+
+
+def test_a_release_of_protobuf_that_is_too_old_is_told(tmp_path, monkeypatch):
+    write_caffemodel(tmp_path / "net.caffemodel", NEW)
+    monkeypatch.delattr(message_factory, "GetMessageClass")
+    monkeypatch.setattr(google.protobuf, "__version__", "3.20.3")
+    told = r"protobuf 4\.22 or later, and 3\.20\.3 is installed: .*instseg_ext\[caffe\]"
+    with pytest.raises(ImportError, match=told):
+        read_weights(str(tmp_path / "net.caffemodel"))
