@@ -23,15 +23,17 @@ __all__ = ["Finding", "add_parser", "diagnose", "main", "run"]
 # What a broken or mismatched package raises when it is imported or first used.
 _BROKEN = (ImportError, AttributeError, OSError, RuntimeError, TypeError, ValueError)
 
-# Optional packages: import name, which is also the name to install, and what it is for.
+# Optional packages: name to import, name to install, and what it is for.
 _OPTIONAL = (
-    ("tensorboard", "TensorBoard logs"),
-    ("safetensors", "reading .safetensors files"),
-    ("h5py", "reading HDF5 files of Caffe"),
-    ("wandb", "WandB logs"),
-    ("lvis", "LVIS evaluation"),
-    ("cityscapesscripts", "Cityscapes evaluation"),
-    ("onnx", "export to ONNX"),
+    ("tensorboard", "tensorboard", "TensorBoard logs"),
+    ("safetensors", "safetensors", "reading .safetensors files"),
+    ("h5py", "h5py", "reading HDF5 files of Caffe"),
+    ("google.protobuf", "protobuf", "reading .caffemodel files of Caffe"),
+    ("scipy", "scipy", "reading .mat files of SBD"),
+    ("wandb", "wandb", "WandB logs"),
+    ("lvis", "lvis", "LVIS evaluation"),
+    ("cityscapesscripts", "cityscapesscripts", "Cityscapes evaluation"),
+    ("onnx", "onnx", "export to ONNX"),
 )
 
 
@@ -195,10 +197,12 @@ def _check_files() -> Finding:
 
 
 def _check_optional() -> Finding:
-    absent = [
-        (name, purpose) for name, purpose in _OPTIONAL if importlib.util.find_spec(name) is None
-    ]
-    found = [name for name, _ in _OPTIONAL if name not in dict(absent)]
+    found, absent = [], []
+    for module, name, purpose in _OPTIONAL:
+        if _is_there(module):
+            found.append(name)
+        else:
+            absent.append((name, purpose))
     problem = ""
     if absent:
         problem = (
@@ -206,6 +210,13 @@ def _check_optional() -> Finding:
             f"`pip install {' '.join(name for name, _ in absent)}` (what you need of it)."
         )
     return Finding("optional", ", ".join(found) or "none", problem)
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is a part of
+        return False
 
 
 _CHECKS: tuple[Callable[[], Finding], ...] = (

@@ -1,5 +1,6 @@
 """``instseg doctor`` describes what is there, survives what is broken, and judges it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_missing_files_are_fatal(monkeypatch, tmp_path):
     found = finding("files")
     assert found.fatal
     assert found.problem.startswith("projects, datasets missing there")
+
+
+def test_missing_optional_packages_are_a_note(monkeypatch):
+    """Also a part of a package, with and without the package itself."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)
+    found = doctor._check_optional()
+    assert not found.fatal
+    assert "reading .caffemodel files of Caffe, reading .mat files of SBD" in found.problem
+    assert re.search(r"`pip install .*\bprotobuf scipy\b", found.problem)
+    monkeypatch.setattr(doctor, "_OPTIONAL", (("no_such_package.part", "part", "parts"),))
+    assert doctor._check_optional().problem.startswith("no parts; for these `pip install part`")
 
 
 def test_the_same_cause_is_told_once():
