@@ -71,7 +71,8 @@ def error_gains(
         for key, (regions, _) in annotated.items():
             objects[key] += len(regions)
         for key, entries in found.get(image["id"], {}).items():
-            rows[key].append(_judge(image, key, entries, annotated, groups))
+            if key in groups:
+                rows[key].append(_judge(image, key, entries, annotated, groups))
     return {key: _gains(rows[key], objects[key]) for key in groups}
 
 

@@ -147,6 +147,13 @@ def test_crowds_neither_help_nor_harm():
     assert average(shared, detections((0, 0.9, 20, 40)), "voc", 0.5) == pytest.approx(1)
 
 
+def test_detections_of_a_category_without_a_name_are_passed_over():
+    dataset, results = strips([[(0, 16)]]), detections((0, 0.9, 0, 16))
+    results.append({**results[0], "category_id": 7})
+    assert list(error_gains(dataset, results)) == [1]
+    assert average(dataset, results, "sds", 0.5) == 1
+
+
 def test_masks_of_another_size_are_refused():
     results = [{"image_id": 0, "category_id": 1, "score": 1.0,
                 "segmentation": encode_masks(np.ones((1, 2, 3), dtype=bool))[0]}]  # fmt: skip
