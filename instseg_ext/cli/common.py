@@ -112,7 +112,10 @@ def _config_of_checkpoint(weights: str, opts: list[str]) -> tuple[CfgNode, froze
 
     text = checkpoint.read_metadata(weights).get("config")
     if not text:
-        raise ValueError(f"{weights} carries no config of its own; give one with --config-file.")
+        raise ValueError(
+            f"{weights} carries no config of its own: give one with --config-file, or, if the "
+            "weights are another project's, make a file that has one with `instseg convert`."
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config_of_the_checkpoint.yaml"
         file.write_text(text)

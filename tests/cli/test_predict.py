@@ -100,6 +100,13 @@ def test_missing_inputs_and_weights_stop_before_any_work(use_blobs, pictures, tm
         run("--input", pictures, "--output", tmp_path / "drawn")
 
 
+def test_weights_of_others_without_a_config_name_the_converter(pictures, tmp_path):
+    weights = tmp_path / "fcis_coco-0000.params"
+    weights.write_bytes(b"\x12\x01" + bytes(6))
+    with pytest.raises(ValueError, match=r"0000\.params carries no config .* `instseg convert`"):
+        run("--weights", weights, "--input", pictures, "--output", tmp_path / "drawn")
+
+
 def test_outputs_are_not_replaced_unasked(use_blobs, pictures, tmp_path):
     out = tmp_path / "drawn"
     assert run("--input", pictures / "a.png", "--output", out) == 0
