@@ -18,6 +18,7 @@ from instseg_ext.layers.mask_paste import iter_pasted_masks
 from instseg_ext.layers.reduce import mean_over_processes
 from instseg_ext.layers.stretch import stretch
 from instseg_ext.modeling.dense import one_stretch_size, output_size
+from instseg_ext.modeling.features import check_features
 from instseg_ext.modeling.masks import collect_masks
 from instseg_ext.modeling.poolers import build_pooler
 from instseg_ext.modeling.runtime import RuntimeMixin, RuntimeOptions
@@ -61,7 +62,12 @@ class InstSegRCNN(RuntimeMixin, GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Return the constructor arguments."""
+        """Return the constructor arguments.
+
+        Raises:
+            ValueError: naming the key whose value is not allowed.
+        """
+        _check_region_keys(cfg)
         arguments = super().from_config(cfg)
         arguments["runtime"] = RuntimeOptions.from_config(cfg)
         arguments["stretch_size"] = one_stretch_size(cfg)
@@ -100,9 +106,13 @@ class InstSegRCNN(RuntimeMixin, GeneralizedRCNN):
         Returns:
             float32 scalars, or per image ``pred_boxes``, ``scores``, ``pred_classes`` and, with a
             mask head, ``pred_masks`` or ``pred_masks_rle``, at the original image size.
+
+        Raises:
+            ValueError: if boxes are proposed neither by the model nor with the inputs.
         """
         if not self.training:
             return self.inference(batched_inputs)
+        self._require_proposals(batched_inputs)
         with self.precision():
             losses = super().forward(batched_inputs)
         return {name: value.float() for name, value in losses.items()}
@@ -119,12 +129,26 @@ class InstSegRCNN(RuntimeMixin, GeneralizedRCNN):
             batched_inputs: loader dicts.
             detected_instances: known boxes, at the scale of the network input.
             do_postprocess: rescale to the original size and paste masks.
+
+        Raises:
+            ValueError: if boxes are given in no way.
         """
+        if detected_instances is None:
+            self._require_proposals(batched_inputs)
         with self.precision():
             results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         if not do_postprocess:
             return results
         return self.postprocess(results, batched_inputs)
+
+    def _require_proposals(self, batched_inputs: list[dict]) -> None:
+        """Make sure that there are proposals, of the model or loaded ones."""
+        if self.proposal_generator is None and any("proposals" not in x for x in batched_inputs):
+            raise ValueError(
+                "Inputs carry no proposals, and MODEL.PROPOSAL_GENERATOR.NAME "
+                "PrecomputedProposals makes none: for training set MODEL.LOAD_PROPOSALS True and "
+                "DATASETS.PROPOSAL_FILES_TRAIN, otherwise name a generator such as RPN."
+            )
 
     def postprocess(
         self, results: Sequence[Instances], batched_inputs: list[dict]
@@ -141,6 +165,23 @@ class InstSegRCNN(RuntimeMixin, GeneralizedRCNN):
             }
             for result, item in zip(results, batched_inputs, strict=True)
         ]
+
+
+def _check_region_keys(cfg: CfgNode) -> None:
+    """Refuse what detectron2 accepts and then fails on in training.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if classes < 1:
+        raise ValueError(f"MODEL.ROI_HEADS.NUM_CLASSES must be positive, not {classes}.")
+    weights = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
+    if len(weights) != 4 or min(weights) <= 0:
+        raise ValueError(
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS must be four positive numbers, for dx, dy, dw and "
+            f"dh, not {tuple(weights)}."
+        )
 
 
 def _to_float32(module: nn.Module, arguments: Any, outputs: Any) -> Any:
@@ -240,6 +281,7 @@ class InstSegROIHeads(StandardROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Return the constructor arguments."""
+        check_features("MODEL.ROI_HEADS.IN_FEATURES", cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape)
         arguments = super().from_config(cfg, input_shape)
         arguments["loss_normalizer"] = RuntimeOptions.from_config(cfg).loss_normalizer
         return arguments

@@ -6,18 +6,20 @@ Shapes: C candidates with masks of m x m, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.structures import Boxes, Instances
-from torch import Tensor
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
 
 from instseg_ext.layers.mask_voting import VotingRule, vote_masks
 from instseg_ext.modeling.dense import output_size
 from instseg_ext.modeling.rcnn import InstSegRCNN
 from instseg_ext.structures.legacy_boxes import Frame, add_last_pixel, clip_to_pixels
 
-__all__ = ["VotingRCNN", "original_boxes"]
+__all__ = ["VotingRCNN", "original_boxes", "require_voting"]
 
 
 class VotingRCNN(InstSegRCNN):
@@ -27,7 +29,12 @@ class VotingRCNN(InstSegRCNN):
     of the network input, continuous), ``candidate_masks`` (C, m, m), probabilities that fill their
     boxes, and ``candidate_scores`` (C, K) without the background. ``inference`` with
     ``do_postprocess=False`` returns these.
+
+    Attributes:
+        heads_class: the region heads of a method's models, or their base.
     """
+
+    heads_class: ClassVar[type[nn.Module]] = nn.Module
 
     @configurable
     def __init__(
@@ -60,7 +67,19 @@ class VotingRCNN(InstSegRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Return the constructor arguments; a method adds ``voting`` and ``legacy_boxes``."""
+        """Return the constructor arguments; a method adds ``voting`` and ``legacy_boxes``.
+
+        Raises:
+            ValueError: if the heads give no candidates, or the outputs cannot be chosen so.
+        """
+        arch, heads = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME
+        if not _fits(ROI_HEADS_REGISTRY, heads, cls.heads_class):
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NAME {heads} does not fit MODEL.META_ARCHITECTURE {arch}: set it "
+                f"to {cls.heads_class.__name__} or a class derived from it."
+            )
+        if not cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
+            raise ValueError(f"{arch} needs MODEL.MASK_ON True and MODEL.KEYPOINT_ON False.")
         return {**super().from_config(cfg), "max_size": cfg.INPUT.MAX_SIZE_TEST}
 
     def inference(
@@ -126,6 +145,35 @@ class VotingRCNN(InstSegRCNN):
             "pred_masks" if self.mask_output == "bool" else "pred_masks_rle", voted.masks
         )
         return detections
+
+
+def require_voting(cfg: CfgNode, usual: str) -> None:
+    """Make sure that region heads that give candidates are in a model that votes on them.
+
+    Args:
+        cfg: the config.
+        usual: the architecture that the heads were written for.
+
+    Raises:
+        ValueError: if ``MODEL.META_ARCHITECTURE`` is no ``VotingRCNN``.
+    """
+    arch = cfg.MODEL.META_ARCHITECTURE
+    if not _fits(META_ARCH_REGISTRY, arch, VotingRCNN):
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE {arch} does not fit MODEL.ROI_HEADS.NAME "
+            f"{cfg.MODEL.ROI_HEADS.NAME}, whose candidates have to be voted on: set it to {usual}."
+        )
+
+
+def _fits(registry: Registry, name: str, parent: type) -> bool:
+    """Return whether a name stands for ``parent`` or a class derived from it.
+
+    A name that nobody registered fits: detectron2 tells so when it builds the part.
+    """
+    if name not in registry:
+        return True
+    found = registry.get(name)
+    return isinstance(found, type) and issubclass(found, parent)
 
 
 def original_boxes(

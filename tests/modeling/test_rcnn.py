@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks
@@ -14,6 +15,7 @@ from pycocotools import mask as coco_mask
 
 import instseg_ext
 from instseg_ext.modeling import rcnn as module
+from instseg_ext.modeling.features import check_features
 from instseg_ext.modeling.rcnn import InstSegRCNN, paste_instances
 from instseg_ext.structures.matched_masks import MatchedBitMasks
 
@@ -127,6 +129,40 @@ def test_losses_and_gradients_equal_detectron2(memory_format):
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert p.grad is not None, name
         assert float((p.grad - q.grad).abs().max()) <= 1e-4 * float(q.grad.abs().max()), name
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("ROI_HEADS.NUM_CLASSES", 0, r"MODEL\.ROI_HEADS\.NUM_CLASSES must be positive, not 0"),
+        ("ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 1.0), r"BBOX_REG_WEIGHTS must be four positive"),
+        ("ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 1.0, 0.0, 1.0), r"must be four positive numbers"),
+        ("ROI_HEADS.IN_FEATURES", ["p2", "p9"], "names 'p9'; the backbone has p2, p3, p4, p5, p6"),
+        ("ROI_HEADS.IN_FEATURES", [], "IN_FEATURES is empty; the backbone has p2, p3, p4, p5, p6"),
+    ],
+)
+def test_what_no_model_can_be_trained_with_is_named(key, value, message):
+    cfg = config()
+    node, _, name = key.partition(".")
+    cfg.MODEL[node][name] = value
+    with pytest.raises(ValueError, match=message):
+        build_model(cfg)
+
+
+def test_maps_that_the_same_layers_read_have_as_many_channels():
+    shapes = {"res4": ShapeSpec(channels=8), "res5": ShapeSpec(channels=16)}
+    assert check_features("KEY", ["res5"], shapes) == 16
+    with pytest.raises(ValueError, match=r"KEY .* those of res4, res5 are 8, 16\."):
+        check_features("KEY", ["res4", "res5"], shapes)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_proposals_that_nobody_makes_are_asked_for(training):
+    cfg = config()
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "PrecomputedProposals"
+    model = build_model(cfg).train(training)
+    with pytest.raises(ValueError, match=r"no proposals, and .* set MODEL\.LOAD_PROPOSALS True"):
+        model(batch())
 
 
 @pytest.mark.parametrize("seeds", [(9, 9), (1, 9)], ids=["none", "half"])

@@ -167,7 +167,7 @@ def test_legacy_boxes_refuse_stretched_images():
 def test_the_config_tells_the_size_limit():
     cfg = get_cfg()
     instseg_ext.add_instseg_config(cfg)
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "INPUT.MAX_SIZE_TEST", 777])
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.MASK_ON", True, "INPUT.MAX_SIZE_TEST", 777])
     cfg.merge_from_list(["MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.RESNETS.STEM_OUT_CHANNELS", 4])
     cfg.merge_from_list(["MODEL.RESNETS.RES2_OUT_CHANNELS", 8])
     assert VotingRCNN(cfg).max_size == 777

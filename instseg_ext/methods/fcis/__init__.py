@@ -15,7 +15,6 @@ METHOD = Method(
     name="FCIS",
     add_config=add_fcis_config,
     meta_architectures=("FCISRCNN",),
-    components=("FCISROIHeads", "FCISRPN"),
     class_count_keys=("MODEL.ROI_HEADS.NUM_CLASSES",),
     score_threshold_keys=("MODEL.FCIS.VOTE_MIN_SCORE",),
     converters=FAMILIES,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
 
 from instseg_ext.layers.mask_voting import VotingRule
+from instseg_ext.methods.fcis.roi_heads import FCISROIHeads
 from instseg_ext.modeling.voting_rcnn import VotingRCNN
 
 __all__ = ["FCISRCNN"]
@@ -17,6 +19,8 @@ __all__ = ["FCISRCNN"]
 class FCISRCNN(VotingRCNN):
     """FCIS (arXiv:1611.07709): candidates of ``FCISROIHeads``, merged by voting."""
 
+    heads_class: ClassVar[type[nn.Module]] = FCISROIHeads
+
     @configurable
     def __init__(self, **kwargs: Any) -> None:
         """Keep the parts; the arguments are those of ``VotingRCNN``."""
@@ -24,7 +28,17 @@ class FCISRCNN(VotingRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Return the constructor arguments."""
+        """Return the constructor arguments.
+
+        Raises:
+            ValueError: if the backbone is a pyramid.
+        """
+        backbone = cfg.MODEL.BACKBONE.NAME
+        if "fpn" in backbone:
+            raise ValueError(
+                f"FCIS needs all maps at one stride, not the pyramid of {backbone}: set "
+                "MODEL.BACKBONE.NAME to build_fcis_resnet_backbone."
+            )
         node = cfg.MODEL.FCIS
         options = {
             "nms_threshold": node.VOTE_NMS,

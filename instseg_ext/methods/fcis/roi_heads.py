@@ -28,6 +28,8 @@ from instseg_ext.methods.fcis.sampling import (
     sample,
 )
 from instseg_ext.modeling.clip_first_rpn import clip_boxes
+from instseg_ext.modeling.features import check_features
+from instseg_ext.modeling.voting_rcnn import require_voting
 
 __all__ = ["FCISROIHeads", "ScoreMaps"]
 
@@ -130,20 +132,22 @@ class FCISROIHeads(nn.Module):
         """Return the constructor arguments.
 
         Raises:
-            ValueError: if the heads are to read several feature maps.
+            ValueError: if the heads are to read several feature maps, or one that does not exist,
+                or the architecture does not vote.
         """
+        require_voting(cfg, "FCISRCNN")
         node, names = cfg.MODEL.FCIS, cfg.MODEL.ROI_HEADS.IN_FEATURES
         if len(names) != 1:
             raise ValueError(f"MODEL.ROI_HEADS.IN_FEATURES of FCIS is one name, not {names}.")
+        channels = check_features("MODEL.ROI_HEADS.IN_FEATURES", names, input_shape)
         if any(std <= 0 for std in node.BBOX_STDS) or len(node.BBOX_STDS) != 4:
             raise ValueError(
                 f"MODEL.FCIS.BBOX_STDS must be four positive numbers, not {node.BBOX_STDS}."
             )
-        shape = input_shape[names[0]]
         return {
             "in_feature": names[0],
-            "in_channels": shape.channels,
-            "stride": shape.stride,
+            "in_channels": channels,
+            "stride": input_shape[names[0]].stride,
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "box2box_transform": Box2BoxTransform([1 / std for std in node.BBOX_STDS]),
             "sampling": SamplingOptions.from_config(cfg),

@@ -52,8 +52,8 @@ class SamplingOptions:
                 "FCIS needs one number in MODEL.ROI_HEADS.IOU_THRESHOLDS, the lowest overlap of "
                 f"foreground, not {heads.IOU_THRESHOLDS}."
             )
-        low, high = node.BG_IOU
-        if not 0 <= low < high <= heads.IOU_THRESHOLDS[0]:
+        bounds = tuple(node.BG_IOU)
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= heads.IOU_THRESHOLDS[0]:
             raise ValueError(
                 "MODEL.FCIS.BG_IOU must be two rising numbers from 0 to "
                 f"MODEL.ROI_HEADS.IOU_THRESHOLDS {heads.IOU_THRESHOLDS[0]}, not {node.BG_IOU}."
@@ -66,7 +66,7 @@ class SamplingOptions:
             num_regions=node[key],
             foreground_fraction=node.FG_FRACTION,
             foreground_iou=heads.IOU_THRESHOLDS[0],
-            background_iou=(low, high),
+            background_iou=bounds,
             append_gt=heads.PROPOSAL_APPEND_GT,
         )
 

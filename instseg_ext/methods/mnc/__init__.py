@@ -13,7 +13,6 @@ METHOD = Method(
     name="MNC",
     add_config=add_mnc_config,
     meta_architectures=("MNCRCNN",),
-    components=("MNCROIHeads",),
     class_count_keys=("MODEL.ROI_HEADS.NUM_CLASSES",),
     score_threshold_keys=("MODEL.MNC.VOTE_MIN_SCORE",),
     converters=FAMILIES,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
-from torch import Tensor
+from torch import Tensor, nn
 
 from instseg_ext.layers.mask_voting import VotingRule
+from instseg_ext.methods.mnc.roi_heads import MNCROIHeads
 from instseg_ext.methods.mnc.rpn import MNCRPN
 from instseg_ext.methods.mnc.sampling import anchor_overrides
 from instseg_ext.modeling.dense import output_size
@@ -38,6 +39,8 @@ class MNCRCNN(VotingRCNN):
     With loaded proposals there is no stage 1: boxes have no gradient there, and no label of an
     anchor to change.
     """
+
+    heads_class: ClassVar[type[nn.Module]] = MNCROIHeads
 
     @configurable
     def __init__(self, *, mix_index: bool = True, min_side: float = 0.0, **kwargs: Any) -> None:

@@ -29,6 +29,7 @@ from instseg_ext.methods.mnc.sampling import (
 from instseg_ext.methods.mnc.stages import Classified, Stages, build_stages
 from instseg_ext.methods.mnc.targets import mask_level_labels, mask_targets
 from instseg_ext.modeling.poolers import RegionPooler
+from instseg_ext.modeling.voting_rcnn import require_voting
 from instseg_ext.structures.legacy_boxes import add_last_pixel
 
 __all__ = ["MNCROIHeads"]
@@ -77,6 +78,7 @@ class MNCROIHeads(Stages):
         Raises:
             ValueError: naming the key whose value is not allowed.
         """
+        require_voting(cfg, "MNCRCNN")
         check_mnc_config(cfg)
         return {
             "in_features": cfg.MODEL.ROI_HEADS.IN_FEATURES,

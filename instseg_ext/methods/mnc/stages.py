@@ -16,6 +16,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
 from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
+from instseg_ext.modeling.features import check_features
 from instseg_ext.modeling.poolers import RegionPooler, build_pooler
 
 __all__ = [
@@ -273,7 +274,7 @@ def build_stages(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, A
         ValueError: naming the config key, if the layers do not fit the features.
     """
     node, heads = cfg.MODEL.MNC, cfg.MODEL.ROI_HEADS
-    channels = input_shape[heads.IN_FEATURES[0]].channels
+    channels = check_features("MODEL.ROI_HEADS.IN_FEATURES", heads.IN_FEATURES, input_shape)
     strides = [input_shape[name].stride for name in heads.IN_FEATURES]
     samples = node.WARP_SIZE // node.POOL_SIZE
     pooler = _build_pooler(cfg, strides, samples)

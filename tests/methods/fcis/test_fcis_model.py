@@ -7,6 +7,7 @@ from detectron2.structures import Instances
 from methods.fcis.fcis_toys import batch, config, model_of
 from methods.project import build
 
+from instseg_ext import zoo
 from instseg_ext.engine.optim import build_optimizer
 from instseg_ext.layers.mask_voting import VotingRule
 from instseg_ext.methods import fcis
@@ -20,7 +21,29 @@ def test_record():
     method = fcis.METHOD
     assert method.name == "FCIS"
     assert method.meta_architectures == ("FCISRCNN",)
-    assert set(method.components) == {"FCISROIHeads", "FCISRPN"}
+
+
+def test_a_model_with_fciss_proposals_alone_is_none_of_fcis():
+    opts = ["MODEL.META_ARCHITECTURE", "InstSegRCNN", "MODEL.ROI_HEADS.NAME", "InstSegROIHeads"]
+    assert zoo.method_of(config(*opts)).name == "MaskRCNN"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("META_ARCHITECTURE", "InstSegRCNN", "InstSegRCNN does not fit .* set it to FCISRCNN"),
+        ("ROI_HEADS.NAME", "StandardROIHeads", r"Heads does not fit .* set it to FCISROIHeads"),
+        ("ROI_HEADS.NAME", "MNCROIHeads", r"Heads does not fit .* set it to FCISROIHeads"),
+        ("ROI_HEADS.IN_FEATURES", ["p9"], r"IN_FEATURES names 'p9'; the backbone has res4, res5"),
+        ("RPN.IN_FEATURES", ["p9"], r"RPN\.IN_FEATURES names 'p9'; the backbone has res4, res5"),
+        ("BACKBONE.NAME", "build_resnet_fpn_backbone", "one stride, .* build_fcis_resnet_backbone"),
+        ("MASK_ON", False, r"FCISRCNN needs MODEL\.MASK_ON True"),
+        ("FCIS.BG_IOU", [0.5], r"MODEL\.FCIS\.BG_IOU must be two rising numbers"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        model_of(f"MODEL.{key}", value)
 
 
 def test_state_dict_has_the_published_layers():

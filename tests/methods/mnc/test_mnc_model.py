@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_model
 from detectron2.utils.events import EventStorage
-from methods.mnc.mnc_toys import C4, OBJECTS, batch, model_of, proposals_of, randomise
+from methods.mnc.mnc_toys import C4, OBJECTS, batch, config, model_of, proposals_of, randomise
 
 from instseg_ext.methods import mnc
 from instseg_ext.methods.mnc import arch
+from instseg_ext.methods.mnc.arch import MNCRCNN
+from instseg_ext.methods.mnc.roi_heads import MNCROIHeads
 
 NAMES = {f"loss_{kind}" for kind in ("mask", "cls", "seg_cls", "box_reg")}
 RPN = {"loss_rpn_cls", "loss_rpn_loc"}
@@ -231,11 +234,32 @@ def test_pictures_of_training_show_boxes_without_graph(monkeypatch):
         ("MODEL.MNC.MASK_SIZE", 0, r"MODEL\.MNC\.MASK_SIZE must be positive"),
         ("MODEL.MNC.BOX_GRAD_CLIP", 0.0, r"MODEL\.MNC\.BOX_GRAD_CLIP must be positive"),
         ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True, "MNC has boxes of each class"),
+        ("MODEL.META_ARCHITECTURE", "InstSegRCNN", "InstSegRCNN does not fit .* to MNCRCNN"),
+        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "RCNN does not fit .* set it to MNCRCNN"),
+        ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "Heads does not fit .* to MNCROIHeads"),
+        ("MODEL.ROI_HEADS.NAME", "FCISROIHeads", "Heads does not fit .* set it to MNCROIHeads"),
+        ("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p9"], "IN_FEATURES names 'p9'; .* has p2, p3, p4"),
+        ("MODEL.ROI_HEADS.IN_FEATURES", [], "IN_FEATURES is empty; the backbone has p2, p3, p4"),
+        ("MODEL.RPN.IN_FEATURES", ["p9"], r"RPN\.IN_FEATURES names 'p9'; .* has p2, p3, p4"),
+        ("MODEL.MASK_ON", False, r"MNCRCNN needs MODEL\.MASK_ON True and .*KEYPOINT_ON False"),
+        ("MODEL.KEYPOINT_ON", True, r"MNCRCNN needs MODEL\.MASK_ON True and .*KEYPOINT_ON False"),
     ],
 )
 def test_what_is_not_allowed_is_named(key, value, message):
     with pytest.raises(ValueError, match=message):
         model_of([key, value])
+
+
+def test_own_architectures_and_heads_may_be_derived(monkeypatch):
+    for registry, parent in ((META_ARCH_REGISTRY, MNCRCNN), (ROI_HEADS_REGISTRY, MNCROIHeads)):
+        own = type(f"Own{parent.__name__}", (parent,), {})
+        monkeypatch.setitem(registry._obj_map, own.__name__, own)
+    # configs are checked against the methods known here before a model is built
+    cfg = config(["MODEL.ROI_HEADS.NAME", "OwnMNCROIHeads"])
+    cfg.MODEL.META_ARCHITECTURE = "OwnMNCRCNN"
+    model = build_model(cfg)
+    assert type(model).__name__ == "OwnMNCRCNN"
+    assert type(model.roi_heads).__name__ == "OwnMNCROIHeads"
 
 
 def test_graph_is_cut_from_copies_only():
