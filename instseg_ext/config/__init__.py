@@ -8,13 +8,20 @@ from instseg_ext.config.loading import (
     merge_file,
     merge_overrides,
 )
-from instseg_ext.config.resolve import PRECISIONS, check_choice, resolve_device, resolve_precision
+from instseg_ext.config.resolve import (
+    PRECISIONS,
+    check_choice,
+    check_range,
+    resolve_device,
+    resolve_precision,
+)
 
 __all__ = [
     "PRECISIONS",
     "add_missing",
     "add_shared_config",
     "check_choice",
+    "check_range",
     "config_names",
     "display_name",
     "find_config",

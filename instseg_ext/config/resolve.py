@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 from detectron2.config import CfgNode
 
-__all__ = ["PRECISIONS", "check_choice", "resolve_device", "resolve_precision"]
+__all__ = ["PRECISIONS", "check_choice", "check_range", "resolve_device", "resolve_precision"]
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -24,6 +24,24 @@ def check_choice(key: str, value: str, allowed: Collection[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {value!r}.")
     return value
+
+
+def check_range(key: str, value: float, allowed: str) -> None:
+    """Make sure that a number is in an interval.
+
+    Args:
+        key: of the config.
+        value: of the key.
+        allowed: as in mathematics: "[0, 1)" is from 0 to below 1; the upper end may be "inf".
+
+    Raises:
+        ValueError: naming ``key``, the value and what is allowed.
+    """
+    low, high = (float(end) for end in allowed[1:-1].split(","))
+    above = value >= low if allowed[0] == "[" else value > low
+    below = value <= high if allowed[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"{key} must be in {allowed}, not {value}.")
 
 
 def resolve_device(cfg: CfgNode, typed: Collection[str] = ()) -> None:

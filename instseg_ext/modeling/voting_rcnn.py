@@ -80,6 +80,11 @@ class VotingRCNN(InstSegRCNN):
             )
         if not cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
             raise ValueError(f"{arch} needs MODEL.MASK_ON True and MODEL.KEYPOINT_ON False.")
+        if cfg.TEST.AUG.ENABLED:
+            raise ValueError(
+                f"{arch} has no test-time augmentation, which adds masks to given boxes: here a "
+                "mask is made of all candidates around it. Set TEST.AUG.ENABLED to False."
+            )
         return {**super().from_config(cfg), "max_size": cfg.INPUT.MAX_SIZE_TEST}
 
     def inference(

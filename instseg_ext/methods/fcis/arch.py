@@ -10,6 +10,7 @@ from torch import nn
 
 from instseg_ext.layers.mask_voting import VotingRule
 from instseg_ext.methods.fcis.roi_heads import FCISROIHeads
+from instseg_ext.modeling.voting_keys import voting_rule
 from instseg_ext.modeling.voting_rcnn import VotingRCNN
 
 __all__ = ["FCISRCNN"]
@@ -39,15 +40,8 @@ class FCISRCNN(VotingRCNN):
                 f"FCIS needs all maps at one stride, not the pyramid of {backbone}: set "
                 "MODEL.BACKBONE.NAME to build_fcis_resnet_backbone."
             )
-        node = cfg.MODEL.FCIS
-        options = {
-            "nms_threshold": node.VOTE_NMS,
-            "mask_threshold": node.BINARY_THRESH,
-            "min_score": node.VOTE_MIN_SCORE,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        return {
+            **super().from_config(cfg),
+            "voting": voting_rule(cfg, "FCIS", VotingRule.fcis),
+            "legacy_boxes": cfg.MODEL.FCIS.LEGACY_BOXES,
         }
-        if node.VOTE:
-            rule = VotingRule.fcis(voter_iou=node.VOTE_IOU, reencode=node.VOTE_REENCODE, **options)
-        else:
-            rule = VotingRule.own_masks(**options)
-        return {**super().from_config(cfg), "voting": rule, "legacy_boxes": node.LEGACY_BOXES}

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode as CN  # noqa: N817
 
-__all__ = ["add_fcis_config"]
+from instseg_ext.config import check_range
+
+__all__ = ["add_fcis_config", "check_fcis_config"]
+
+_RANGES = {
+    "HEAD_DIM": "[1, inf)",
+    "HEAD_LR_MULT": "[0, inf)",
+    "FG_FRACTION": "[0, 1]",
+    "MIN_DROP_SIZE": "[0, inf)",
+    "BINARY_THRESH": "(0, 1)",
+}
 
 
 def add_fcis_config(cfg: CN) -> None:
@@ -72,3 +82,13 @@ def add_fcis_config(cfg: CN) -> None:
     # True, with MODEL.RESNETS.NORM FrozenBN: scale and shift of the norms are trained, their
     # statistics are not. FREEZE_AT holds for them, too.
     _C.MODEL.FCIS.TRAIN_BN_AFFINE = True
+
+
+def check_fcis_config(cfg: CN) -> None:
+    """Make sure that the numbers of ``MODEL.FCIS`` are in their ranges.
+
+    Raises:
+        ValueError: naming the first key whose value is not.
+    """
+    for key, allowed in _RANGES.items():
+        check_range(f"MODEL.FCIS.{key}", cfg.MODEL.FCIS[key], allowed)

@@ -19,6 +19,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from instseg_ext.layers.ps_roi_pool import ps_roi_average_pool, ps_roi_scores
+from instseg_ext.methods.fcis.config import check_fcis_config
 from instseg_ext.methods.fcis.losses import hardest, image_losses, region_losses
 from instseg_ext.methods.fcis.sampling import (
     Regions,
@@ -136,6 +137,7 @@ class FCISROIHeads(nn.Module):
                 or the architecture does not vote.
         """
         require_voting(cfg, "FCISRCNN")
+        check_fcis_config(cfg)
         node, names = cfg.MODEL.FCIS, cfg.MODEL.ROI_HEADS.IN_FEATURES
         if len(names) != 1:
             raise ValueError(f"MODEL.ROI_HEADS.IN_FEATURES of FCIS is one name, not {names}.")

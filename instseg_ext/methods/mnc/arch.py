@@ -16,6 +16,7 @@ from instseg_ext.methods.mnc.roi_heads import MNCROIHeads
 from instseg_ext.methods.mnc.rpn import MNCRPN
 from instseg_ext.methods.mnc.sampling import anchor_overrides
 from instseg_ext.modeling.dense import output_size
+from instseg_ext.modeling.voting_keys import voting_rule
 from instseg_ext.modeling.voting_rcnn import VotingRCNN
 
 __all__ = ["MNCRCNN"]
@@ -71,19 +72,9 @@ class MNCRCNN(VotingRCNN):
                 "MIX_INDEX False turn that off."
             )
         node = cfg.MODEL.MNC
-        options = {
-            "nms_threshold": node.VOTE_NMS,
-            "mask_threshold": node.BINARY_THRESH,
-            "min_score": node.VOTE_MIN_SCORE,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-        }
-        if node.VOTE:
-            rule = VotingRule.mnc(voter_iou=node.VOTE_IOU, reencode=node.VOTE_REENCODE, **options)
-        else:
-            rule = VotingRule.own_masks(**options)
         return {
             **super().from_config(cfg),
-            "voting": rule,
+            "voting": voting_rule(cfg, "MNC", VotingRule.mnc),
             "legacy_boxes": node.LEGACY_BOXES,
             "mix_index": node.MIX_INDEX,
             "min_side": node.MIN_SIDE,

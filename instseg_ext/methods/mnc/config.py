@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode as CN  # noqa: N817
 
-from instseg_ext.config import check_choice
+from instseg_ext.config import check_choice, check_range
 
 __all__ = ["MNCOptions", "add_mnc_config", "check_mnc_config"]
 
@@ -14,6 +14,14 @@ STAGES = (3, 5)
 TOWERS = ("fc", "res5")
 WARP_MODES = ("single", "maxsample")
 EXT_WARPS = ("same", "direct14")
+_RANGES = {
+    "MASK_CONV_DIM": "[0, inf)",
+    "MASK_INIT_STD": "[0, inf)",
+    "FG_SEG_THRESH": "[0, 1]",
+    "MIN_SIDE": "[0, inf)",
+    "MASK_LOSS_WEIGHT": "[0, inf)",
+    "BINARY_THRESH": "(0, 1)",
+}
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,19 @@ def check_mnc_config(cfg: CN) -> None:
         raise ValueError(
             f"MODEL.MNC.WARP_SIZE must be a multiple of POOL_SIZE {node.POOL_SIZE}, not "
             f"{node.WARP_SIZE}."
+        )
+    if (node.EXT_WARP, node.WARP_MODE) == ("direct14", "maxsample"):
+        raise ValueError(
+            "MODEL.MNC.EXT_WARP direct14 changes nothing with MODEL.MNC.WARP_MODE maxsample, which "
+            "has no grid: set EXT_WARP to same."
+        )
+    for key, allowed in _RANGES.items():
+        check_range(f"MODEL.MNC.{key}", node[key], allowed)
+    if node.MIN_SIDE and cfg.INPUT.CROP.ENABLED:
+        raise ValueError(
+            "MODEL.MNC.MIN_SIDE is in pixels of the whole original image, which a crop does not "
+            "tell: set INPUT.CROP.ENABLED to False, or MIN_SIDE to 0 and use "
+            "MODEL.PROPOSAL_GENERATOR.MIN_SIZE."
         )
     if node.BOX_GRAD_CLIP <= 0:
         raise ValueError(f"MODEL.MNC.BOX_GRAD_CLIP must be positive, not {node.BOX_GRAD_CLIP}.")

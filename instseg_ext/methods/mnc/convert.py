@@ -80,7 +80,7 @@ _NOTES = (
     "the weights want MODEL.MNC.LEGACY_BOXES True, the authors' boxes, which a config given with "
     "--config does not get by itself",
     "the weights cannot tell how regions were warped in training: where masks matter to the last "
-    "point, evaluate MODEL.MNC.EXT_WARP direct14 and MODEL.MNC.WARP_MODE maxsample as well",
+    "point, evaluate MODEL.MNC.EXT_WARP direct14, or MODEL.MNC.WARP_MODE maxsample, as well",
 )
 
 

@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from methods.fcis.fcis_toys import config, heads_of, maps_of, objects_of, proposals_of
 from torch import nn
 
+from instseg_ext.methods.fcis.arch import FCISRCNN
 from instseg_ext.methods.fcis.losses import (
     RegionLosses,
     class_logits,
@@ -294,6 +295,11 @@ def test_autocast_leaves_pooling_in_float32():
     [
         (["MODEL.FCIS.POOLED_SIZE", 20], r"POOLED_SIZE 20 must be a multiple of .*GROUP_SIZE 7"),
         (["MODEL.FCIS.LOSS_WEIGHT", [1.0, 1.0]], r"LOSS_WEIGHT needs three numbers"),
+        (["MODEL.FCIS.HEAD_DIM", 0], r"MODEL\.FCIS\.HEAD_DIM must be in \[1, inf\), not 0"),
+        (["MODEL.FCIS.HEAD_LR_MULT", -1.0], r"MODEL\.FCIS\.HEAD_LR_MULT must be in \[0, inf\)"),
+        (["MODEL.FCIS.FG_FRACTION", 2.0], r"MODEL\.FCIS\.FG_FRACTION must be in \[0, 1\], not 2"),
+        (["MODEL.FCIS.MIN_DROP_SIZE", -2.0], r"MODEL\.FCIS\.MIN_DROP_SIZE must be in \[0, inf\)"),
+        (["MODEL.FCIS.BINARY_THRESH", 1.0], r"MODEL\.FCIS\.BINARY_THRESH must be in \(0, 1\)"),
         (["MODEL.FCIS.ITER", 0], r"MODEL.FCIS.ITER must be at least 1, not 0"),
         (["MODEL.FCIS.BBOX_STDS", [0.1, 0.1, 0.2, 0.0]], r"BBOX_STDS must be four positive"),
         (["MODEL.FCIS.BG_IOU", [0.5, 0.1]], r"BG_IOU must be two rising numbers from 0 to .* 0.5"),
@@ -308,3 +314,17 @@ def test_settings_that_make_no_sense(opts, message):
     shape = {name: ShapeSpec(channels=8, stride=16) for name in ("res4", "res5")}
     with pytest.raises(ValueError, match=message):
         FCISROIHeads(cfg, shape)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.FCIS.VOTE_NMS", 1.0, r"MODEL\.FCIS\.VOTE_NMS must be in \[0, 1\), not 1\.0"),
+        ("MODEL.FCIS.VOTE_IOU", 1.5, r"MODEL\.FCIS\.VOTE_IOU must be in \[0, 1\), not 1\.5"),
+        ("TEST.DETECTIONS_PER_IMAGE", 0, r"TEST\.DETECTIONS_PER_IMAGE must be positive, not 0"),
+        ("TEST.AUG.ENABLED", True, r"FCISRCNN has no test-time augm.* TEST\.AUG\.ENABLED"),
+    ],
+)
+def test_settings_of_the_vote_that_make_no_sense(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        FCISRCNN.from_config(config(key, value))
