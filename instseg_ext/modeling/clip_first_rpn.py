@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from instseg_ext.layers.box_nms import class_nms
 from instseg_ext.layers.gradient_limit import GradientLimit
+from instseg_ext.modeling.features import check_features
 
 __all__ = ["AnchorOverride", "ClipFirstRPN", "RPNState", "clip_boxes", "inside_image"]
 
@@ -106,6 +108,16 @@ class ClipFirstRPN(RPN):
             raise ValueError(f"normalizer must be one of {NORMALIZERS}, not {normalizer!r}.")
         self.normalizer, self.whole_cells = normalizer, whole_cells
         self.extra_pixel = extra_pixel
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Return the constructor arguments.
+
+        Raises:
+            ValueError: if a feature map does not exist.
+        """
+        check_features("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES, input_shape)
+        return super().from_config(cfg, input_shape)
 
     def forward(
         self,

@@ -9,7 +9,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 
 from instseg_ext.modeling.clip_first_rpn import ClipFirstRPN
-from instseg_ext.modeling.features import check_features
 
 __all__ = ["FCISRPN"]
 
@@ -24,12 +23,7 @@ class FCISRPN(ClipFirstRPN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Return the constructor arguments.
-
-        Raises:
-            ValueError: if a feature map does not exist.
-        """
-        check_features("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES, input_shape)
+        """Return the constructor arguments; see ``ClipFirstRPN.from_config``."""
         arguments = super().from_config(cfg, input_shape)
         arguments["normalizer"] = "mixed"
         arguments["whole_cells"] = cfg.MODEL.FCIS.CROP_SCORE_GRID

@@ -9,7 +9,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 
 from instseg_ext.modeling.clip_first_rpn import ClipFirstRPN
-from instseg_ext.modeling.features import check_features
 
 __all__ = ["MNCRPN"]
 
@@ -25,12 +24,7 @@ class MNCRPN(ClipFirstRPN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Return the constructor arguments.
-
-        Raises:
-            ValueError: if a feature map does not exist.
-        """
-        check_features("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES, input_shape)
+        """Return the constructor arguments; see ``ClipFirstRPN.from_config``."""
         arguments = super().from_config(cfg, input_shape)
         arguments["normalizer"] = "labelled"
         arguments["extra_pixel"] = cfg.MODEL.MNC.LEGACY_BOXES
