@@ -30,6 +30,7 @@ from instseg_ext.data.voc import VOC_CLASSES
 from instseg_ext.engine import defaults
 from instseg_ext.structures.rle import decode_masks
 
+# An extra of its own (`voc`): without it, only the error that names it could be tested.
 scipy_io = pytest.importorskip("scipy.io")
 csc_array = pytest.importorskip("scipy.sparse").csc_array
 
@@ -121,7 +122,7 @@ def write_indices(path, content):
     picture.save(path)
 
 
-def check(name, images):
+def assert_images(name, images):
     """Compare a loaded data set with what was written."""
     dicts = DatasetCatalog.get(name)
     assert [d["file_name"].rpartition("/")[2] for d in dicts] == [
@@ -149,8 +150,8 @@ def test_release_of_sbd(root, folder):
     write_sbd(root / folder, ["2008_0", "2008_1"], categories=folder == "sbd")
     write_list(root, f"{folder}/train.txt", ["2008_1"])
     write_list(root, f"{folder}/val.txt", ["2008_0"])
-    check("sbd_train", ["2008_1"])
-    check("sbd_val", ["2008_0"])
+    assert_images("sbd_train", ["2008_1"])
+    assert_images("sbd_val", ["2008_0"])
     assert dataset_classes("sbd_val") == list(VOC_CLASSES) == sorted(VOC_CLASSES)
 
 
@@ -162,7 +163,7 @@ def test_split_of_the_papers_in_their_layouts(root, folder, lists):
     (root / folder).mkdir(parents=True)
     write_sbd(root / folder, ["2008_0", "2008_1"])
     write_list(root, f"{folder}/{lists.format('train')}", ["2008_0", "2008_1"])
-    check("sbd_sds_train", ["2008_0", "2008_1"])
+    assert_images("sbd_sds_train", ["2008_0", "2008_1"])
 
 
 def test_split_of_the_papers_from_the_list_of_voc(root, caplog):
@@ -174,7 +175,7 @@ def test_split_of_the_papers_from_the_list_of_voc(root, caplog):
         ensure_files("sbd_sds_val")
     write_list(root, "sbd/val.txt", ["2008_1"])
     with caplog.at_level(logging.INFO):
-        check("sbd_sds_val", ["2008_2", "2008_1"])
+        assert_images("sbd_sds_val", ["2008_2", "2008_1"])
     assert "sbd_sds_val: SBD has 2 of the 3 images that" in caplog.text
     write_list(root, "VOCdevkit/VOC2012/ImageSets/Main/train.txt", ["2011_7"])
     with pytest.raises(ValueError, match=r"train\.txt and val\.txt have no image of .*train\.txt"):
@@ -195,7 +196,7 @@ def test_an_incomplete_copy_of_sbd_is_no_smaller_split(root):
 def test_voc(root, folder):
     write_voc(root / folder, ["2007_0", "2007_1"])
     write_list(root, f"{folder}/ImageSets/Segmentation/val.txt", ["2007_0", "2007_1"])
-    check("voc_2012_inst_val", ["2007_0", "2007_1"])
+    assert_images("voc_2012_inst_val", ["2007_0", "2007_1"])
 
 
 def test_objects_without_a_class_are_left_out(root, caplog):
@@ -242,12 +243,12 @@ def test_files_are_read_once_and_again_when_they_change(root, monkeypatch):
     (root / "sbd").mkdir()
     write_sbd(root / "sbd", ["2008_0", "2008_1"])
     write_list(root, "sbd/train.txt", ["2008_0"])
-    check("sbd_train", ["2008_0"])
+    assert_images("sbd_train", ["2008_0"])
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "scipy.io", None)  # nothing is read
-        check("sbd_train", ["2008_0"])
+        assert_images("sbd_train", ["2008_0"])
     write_list(root, "sbd/train.txt", ["2008_0", "2008_1"])
-    check("sbd_train", ["2008_0", "2008_1"])
+    assert_images("sbd_train", ["2008_0", "2008_1"])
     # only the cache was written to, and nothing is left beside the files
     assert sorted(path.name for path in (root / "sbd").iterdir()) == [
         "cls", "img", "inst", "train.txt"
@@ -262,7 +263,7 @@ def test_a_file_written_in_place_is_read_again(root):
     write_sbd(root / "sbd", ["2008_0", "2008_1"])
     write_list(root, "sbd/train.txt", ["2008_0"])
     os.utime(root / "sbd/inst/2008_0.mat", (1, 1))
-    check("sbd_train", ["2008_0"])
+    assert_images("sbd_train", ["2008_0"])
     content = {"Segmentation": maps(5)[0], "Categories": np.array([[12], [15]], dtype=np.uint8)}
     with open(root / "sbd/inst/2008_0.mat", "wb") as file:
         scipy_io.savemat(file, {"GTinst": content})
@@ -276,7 +277,7 @@ def test_an_interrupted_conversion_is_made_again(root, monkeypatch):
     (root / "sbd").mkdir()
     write_sbd(root / "sbd", ["2008_0", "2008_1"])
     write_list(root, "sbd/train.txt", ["2008_0"])
-    check("sbd_train", ["2008_0"])
+    assert_images("sbd_train", ["2008_0"])
     write_list(root, "sbd/train.txt", ["2008_0", "2008_1"])
     write, convert = voc._write, voc._convert
     written, converted = [], []
@@ -298,7 +299,7 @@ def test_an_interrupted_conversion_is_made_again(root, monkeypatch):
     monkeypatch.setattr(voc, "_write", write)
     assert written == ["annotations.json"]
     for _ in range(2):
-        check("sbd_train", ["2008_0", "2008_1"])
+        assert_images("sbd_train", ["2008_0", "2008_1"])
     assert len(converted) == 2  # the interrupted one, and one of the two after it
 
 
