@@ -1,0 +1,13 @@
+"""DeepMask and SharpMask: class-agnostic segments by windows (arXiv:1506.06204, 1603.08695)."""
+
+from instseg_ext.method import Method
+from instseg_ext.methods.deepmask.config import add_deepmask_config
+
+__all__ = ["METHOD"]
+
+METHOD = Method(
+    name="DeepMask",
+    add_config=add_deepmask_config,
+    meta_architectures=("DeepMask", "SharpMask"),
+    evaluator_hints=lambda cfg: {"proposals": True},
+)
