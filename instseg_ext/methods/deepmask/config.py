@@ -26,6 +26,9 @@ _RANGES = {
     "CANONICAL_FRAC": "(0, 1]",
     "SHIFT": "[0, inf)",
     "SCALE": "[0, inf)",
+    "MIN_AREA": "[0, inf)",
+    "MIN_SIDE": "[0, inf)",
+    "IMAGE_CACHE_MB": "[0, inf)",
     "SCORE_FREQ": "[0, 1]",
     "NEG_SHIFT": "[0, inf)",
     "NEG_OCTAVES": "[0, inf)",
@@ -40,8 +43,9 @@ _RANGES = {
 def add_deepmask_config(cfg: CN) -> None:
     """Add ``MODEL.DEEPMASK`` and ``MODEL.SHARPMASK`` with the settings of the published models.
 
-    Keys of detectron2 that hold too: ``MODEL.BACKBONE`` and ``MODEL.RESNETS`` for the trunk,
-    ``SOLVER.IMS_PER_BATCH`` counts patches.
+    Keys of detectron2 that hold too: ``MODEL.BACKBONE`` and ``MODEL.RESNETS`` for the trunk;
+    ``SOLVER.IMS_PER_BATCH`` counts patches; with ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` False,
+    images without objects give negative patches, too.
 
     Args:
         cfg: changed in place.
@@ -77,8 +81,12 @@ def add_deepmask_config(cfg: CN) -> None:
     _C.MODEL.DEEPMASK.NEG_SHIFT = 32.0
     # ... or at least this many octaves from canonical size.
     _C.MODEL.DEEPMASK.NEG_OCTAVES = 1.0
-    # True: images without objects give negative patches, too.
-    _C.MODEL.DEEPMASK.EMPTY_IMAGES = True
+    # Objects of a smaller area in the image file, in pixels, give no patches ...
+    _C.MODEL.DEEPMASK.MIN_AREA = 100.0
+    # ... nor do those whose box is shorter than this in x or in y.
+    _C.MODEL.DEEPMASK.MIN_SIDE = 5.0
+    # Decoded images, in MiB, that each loading process keeps; 0: none.
+    _C.MODEL.DEEPMASK.IMAGE_CACHE_MB = 256
     # True: sample with the defects of the authors' code, for comparisons.
     _C.MODEL.DEEPMASK.LEGACY_SAMPLER = False
     # True: each step trains one of the two heads, drawn from the iteration's number, as in the
