@@ -19,7 +19,16 @@ PRE_NMS, POST_NMS, MIN_SIZE, DETECTIONS = 300, 40, 8, 100
 OHEM_ROIS = 24
 SEED = 1
 # (x1, y1, x2, y2), the last pixels included, and the class.
-OBJECTS = np.array([(10, 12, 57, 70, 1), (60, 31, 139, 101, 2), (30, 60, 61, 99, 3)])
+OBJECTS = np.array(
+    [
+        (10, 12, 57, 70, 1),
+        (60, 31, 139, 101, 2),
+        (30, 60, 61, 99, 3),
+        # With these two, less than a batch of anchors gets a label: none is drawn.
+        (90, 5, 147, 40, 1),
+        (66, 72, 97, 103, 2),
+    ]
+)
 # Every so many values of what is large are in the file.
 PROBE = {"res4": 5, "res5": 5, "rpn_deltas": 3, "scores": 11, "boxes": 11, "masks": 7, "grads": 5}
 # Gradients in the file.

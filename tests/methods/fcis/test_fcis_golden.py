@@ -40,8 +40,6 @@ def build(expected, memory_format):
         "MODEL.RPN.CONV_DIMS": [8 * width],
         "MODEL.FCIS.HEAD_DIM": 16 * width,
         "MODEL.ANCHOR_GENERATOR.SIZES": [list(golden.SIZES)],
-        # All labelled anchors, so that none is drawn.
-        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": int((expected["rpn_labels"] >= 0).sum()),
         "MODEL.RPN.PRE_NMS_TOPK_TRAIN": golden.PRE_NMS,
         "MODEL.RPN.PRE_NMS_TOPK_TEST": golden.PRE_NMS,
         "MODEL.RPN.POST_NMS_TOPK_TRAIN": golden.POST_NMS,
