@@ -92,6 +92,13 @@ def add_shared_config(cfg: CfgNode) -> None:
     # MAP_R need not be typed then.
     _C.INSTSEG.MAP_R_ERRORS = False
 
+    # Evaluation also gives the recall of proposals (task "proposals": AR@10, AR@100, AR@1000 of
+    # masks and boxes, classes ignored). Methods that propose always do.
+    _C.INSTSEG.PROPOSAL_RECALL = False
+    # With MODEL.LOAD_PROPOSALS, inputs at test time also get the masks of their proposals
+    # ("proposal_rles", COCO run lengths at the size of the image file).
+    _C.INSTSEG.PROPOSAL_MASKS = False
+
     # Exponential moving average of the weights; evaluation uses it when enabled.
     _C.INSTSEG.EMA = CfgNode()
     _C.INSTSEG.EMA.ENABLED = False

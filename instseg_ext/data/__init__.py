@@ -7,8 +7,6 @@ from instseg_ext.data.loader import (
     build_inference_loader,
     build_test_loader,
     build_train_loader,
-    load_training_dicts,
-    training_dicts,
 )
 from instseg_ext.data.mapper import (
     InstSegDatasetMapper,
@@ -16,12 +14,13 @@ from instseg_ext.data.mapper import (
     annotation_boxes,
     build_mapper,
 )
-from instseg_ext.data.proposals import (
-    ProposalFile,
+from instseg_ext.data.proposal_mapper import (
     ProposalMapper,
     assign_proposals,
-    write_proposals,
+    check_proposal_files,
+    transform_proposals,
 )
+from instseg_ext.data.proposals import ProposalFile, write_proposals
 from instseg_ext.data.registration import (
     add_registrations,
     dataset_classes,
@@ -37,6 +36,7 @@ from instseg_ext.data.registration import (
 )
 from instseg_ext.data.semantic import SemanticDatasetMapper, check_annotation_kind
 from instseg_ext.data.shapes import make_shapes
+from instseg_ext.data.training_sets import load_training_dicts, training_dicts
 
 __all__ = [
     "InstSegDatasetMapper",
@@ -57,6 +57,7 @@ __all__ = [
     "cheap_check",
     "check_annotation_kind",
     "check_dataset",
+    "check_proposal_files",
     "dataset_classes",
     "dataset_files",
     "ensure_files",
@@ -70,5 +71,6 @@ __all__ = [
     "register_from_config",
     "require_source",
     "training_dicts",
+    "transform_proposals",
     "write_proposals",
 ]

@@ -21,6 +21,7 @@ from instseg_ext.data.augmentation import (
 )
 from instseg_ext.data.keypoints import transform_keypoints
 from instseg_ext.data.mask_crops import transform_mask_crops
+from instseg_ext.data.proposal_mapper import transform_proposals
 from instseg_ext.data.registration import load_keypoint_metadata
 from instseg_ext.data.segmentation import compress_rle
 
@@ -73,12 +74,13 @@ class InstSegDatasetMapper:
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True, keep_crowd: bool = False) -> dict:
         """Read ``INPUT``, ``INSTSEG`` and how many precomputed proposals are kept."""
+        split = "TRAIN" if is_train else "TEST"
         return {
             "is_train": is_train,
             "augmentations": build_augmentations(**augmentation_kwargs(cfg, is_train)),
             "image_format": cfg.INPUT.FORMAT,
             "keep_crowd": keep_crowd,
-            "proposal_topk": cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN,
+            "proposal_topk": cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"],
         }
 
     def __call__(self, dataset_dict: dict) -> dict | None:
@@ -91,7 +93,8 @@ class InstSegDatasetMapper:
             the dictionary without ``annotations``, with ``image`` (C, H, W) uint8, or float32 after
             a stretch or ``INSTSEG.AUGMENTATIONS.SSD``, and in training ``instances`` with
             ``gt_boxes``, ``gt_classes`` (M,) int64 and ``gt_masks`` (BitMasks, M x H x W), where M
-            may be 0; precomputed ``proposal_boxes`` become ``proposals``, at the size of the image.
+            may be 0; precomputed ``proposal_boxes`` become ``proposals``, at the size of the image,
+            and ``proposal_rles`` beside them the masks of the same proposals.
             A subclass may return None to have the image replaced by another one.
 
         Raises:
@@ -109,9 +112,7 @@ class InstSegDatasetMapper:
         image = aug_input.image
         dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         if "proposal_boxes" in dataset_dict:
-            detection_utils.transform_proposals(
-                dataset_dict, image.shape[:2], transforms, proposal_topk=self.proposal_topk
-            )
+            transform_proposals(dataset_dict, image.shape[:2], transforms, self.proposal_topk)
         if self.is_train and annotations is not None:
             left = [usable[i] for i in aug_input.index]
             dataset_dict["instances"] = self.make_instances(

@@ -1,4 +1,4 @@
-"""Boxes proposed beforehand (``MODEL.LOAD_PROPOSALS``): their file, and their way to the mapper.
+"""Regions proposed beforehand (``MODEL.LOAD_PROPOSALS``): the file of boxes, scores and masks.
 
 detectron2 keeps proposals in pickles, and a pickle can run code when it is read. Ours is a torch
 file of tensors and strings. It is read with ``weights_only`` and mapped into memory, so that the
@@ -7,27 +7,34 @@ loader's processes share one copy: for COCO that copy has gigabytes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.structures import BoxMode
 from torch import Tensor
 
 from instseg_ext.checkpoint import atomic_write
+from instseg_ext.data.segmentation import rle_problem
 
-__all__ = ["ProposalFile", "ProposalMapper", "assign_proposals", "write_proposals"]
+__all__ = ["ProposalFile", "write_proposals"]
 
-_FORMAT = "instseg_ext proposals 1"
+# The second one is the first one and masks.
+_BOXES, _MASKS = "instseg_ext proposals 1", "instseg_ext proposals 2"
 # Name, type and dimensions of each tensor of a file.
-_TENSORS = (
+_BOX_TENSORS = (
     ("starts", torch.int64, 1),
     ("boxes", torch.float32, 2),
     ("objectness_logits", torch.float32, 1),
+)
+_MASK_TENSORS = (
+    ("image_sizes", torch.int64, 2),
+    ("mask_starts", torch.int64, 1),
+    ("mask_counts", torch.uint8, 1),
 )
 # What damaged or foreign content raises in torch and zipfile.
 _READ_ERRORS = (
@@ -43,36 +50,94 @@ _READ_ERRORS = (
 )
 
 
-def write_proposals(
-    path: str | os.PathLike[str], proposals: Iterable[tuple[str, Tensor, Tensor]]
-) -> None:
+def write_proposals(path: str | os.PathLike[str], proposals: Iterable[tuple]) -> None:
     """Write the proposals of a data set's images.
 
     All of them are held in memory until the file is complete.
 
     Args:
         path: appears when it is complete; an existing file is replaced.
-        proposals: per image its id, as text; boxes (N, 4), XYXY in pixels of the image file; and
-            the logits (N,) of how likely each holds an object. N may be 0.
+        proposals: per image its id, as text; boxes (N, 4), XYXY in pixels of the image file; the
+            logits (N,) of how likely each holds an object; and, for all images or for none, the
+            list of N masks as compressed COCO RLE of the image's size. N may be 0.
+
+    Raises:
+        ValueError: if an image's masks are not as many as its boxes or differ in size, or only some
+            of the images have masks.
     """
     ids: list[str] = []
     boxes: list[Tensor] = []
     logits: list[Tensor] = []
-    for image_id, image_boxes, image_logits in proposals:
+    masks = _MaskParts()
+    for image_id, image_boxes, image_logits, *rest in proposals:
         order = image_logits.argsort(descending=True, stable=True)
         ids.append(str(image_id))
         boxes.append(image_boxes[order].float().cpu())
         logits.append(image_logits[order].float().cpu())
+        masks.add(ids[-1], rest[0] if rest else None, order.tolist())
     counts = torch.tensor([0, *map(len, boxes)], dtype=torch.int64)
+    masks.check(ids, counts[1:].tolist())
     content = {
-        "format": _FORMAT,
+        "format": _MASKS if masks.present else _BOXES,
         "ids": ids,
         "starts": counts.cumsum(0),
         "boxes": _moved_together(boxes, 4),
         "objectness_logits": _moved_together(logits),
+        **(masks.tensors() if masks.present else {}),
     }
     with atomic_write(path) as file:
         torch.save(content, file)
+
+
+class _MaskParts:
+    """The masks of a file that is being written: their characters, one after another.
+
+    Attributes:
+        present: a mask was given.
+    """
+
+    def __init__(self) -> None:
+        self.present = False
+        self._sizes: list[tuple[int, int]] = []
+        self._numbers: list[int | None] = []  # None: no list of masks was given
+        self._lengths: list[int] = [0]
+        self._counts = bytearray()
+
+    def add(
+        self, image_id: str, rles: Sequence[Mapping[str, Any]] | None, order: Sequence[int]
+    ) -> None:
+        """Take the masks of one image in the given order."""
+        self._numbers.append(None if rles is None else len(rles))
+        sizes = {tuple(map(int, rle["size"])) for rle in rles or ()}
+        if len(sizes) > 1:
+            raise ValueError(f"Image {image_id}: masks of different sizes, {sorted(sizes)}.")
+        self._sizes.append(sizes.pop() if sizes else (0, 0))
+        if rles is None or len(rles) != len(order):
+            return  # `check` words it
+        self.present |= len(rles) > 0
+        for row in order:
+            counts = rles[row]["counts"]
+            counts = counts if isinstance(counts, bytes) else counts.encode("ascii")
+            self._lengths.append(len(counts))
+            self._counts += counts
+
+    def check(self, ids: Sequence[str], boxes: Sequence[int]) -> None:
+        """Raise unless every image, or none, has as many masks as boxes."""
+        given = any(number is not None for number in self._numbers)
+        for image_id, number, expected in zip(ids, self._numbers, boxes, strict=True):
+            if given and (number or 0) != expected:
+                raise ValueError(
+                    f"Image {image_id} has {expected} proposals and {number or 'no'} masks; give "
+                    "the masks of all proposals, or none at all."
+                )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what goes into the file."""
+        return {
+            "image_sizes": torch.tensor(self._sizes, dtype=torch.int64),
+            "mask_starts": torch.tensor(self._lengths, dtype=torch.int64).cumsum(0),
+            "mask_counts": torch.frombuffer(self._counts, dtype=torch.uint8),
+        }
 
 
 def _moved_together(parts: list[Tensor], *row: int) -> Tensor:
@@ -106,76 +171,50 @@ class ProposalFile:
         self._rows = {image_id: row for row, image_id in enumerate(self.ids)}
         self._starts: list[int] = content["starts"].tolist()
         self._boxes, self._logits = content["boxes"], content["objectness_logits"]
+        self._path, self._content = Path(path), content
+
+    @property
+    def has_masks(self) -> bool:
+        """Tell whether the file holds masks beside the boxes."""
+        return self._content["format"] == _MASKS
 
     def __contains__(self, image_id: object) -> bool:
         return str(image_id) in self._rows
 
     def __getitem__(self, image_id: int | str) -> tuple[Tensor, Tensor]:
         """Return boxes (N, 4) and logits (N,) of an image, float32, best first."""
-        row = self._rows[str(image_id)]
-        part = slice(self._starts[row], self._starts[row + 1])
+        part = self._part(image_id)
         return self._boxes[part], self._logits[part]
 
+    def masks(self, image_id: int | str) -> list[dict[str, Any]] | None:
+        """Return the masks of an image in the order of its boxes, None if the file has none.
 
-def assign_proposals(sets: Sequence[Sequence[dict]], files: Sequence[str]) -> list[dict]:
-    """Note in each dictionary the file that holds the proposals of its image.
+        Returns:
+            COCO RLE, ``{"size": [H, W], "counts": str}`` at the size of the image file.
 
-    Args:
-        sets: the training sets, each as detectron2 dictionaries; not modified.
-        files: one for each set, in their order.
+        Raises:
+            ValueError: if one is damaged; pycocotools could not be trusted with it.
+        """
+        if not self.has_masks:
+            return None
+        part = self._part(image_id)
+        size = self._content["image_sizes"][self._rows[str(image_id)]].tolist()
+        starts = self._content["mask_starts"][part.start : part.stop + 1].tolist()
+        rles = []
+        for start, end in itertools.pairwise(starts):
+            rle = {
+                "size": size,
+                "counts": self._content["mask_counts"][start:end].numpy().tobytes(),
+            }
+            problem = rle_problem(rle, size)
+            if problem:
+                raise ValueError(f"{self._path}, image {image_id}: damaged mask, {problem}.")
+            rles.append({"size": list(size), "counts": rle["counts"].decode("ascii")})
+        return rles
 
-    Returns:
-        the images of all sets, with ``proposal_file`` for ``ProposalMapper``.
-
-    Raises:
-        FileNotFoundError: if a file does not exist.
-        ValueError: if there is not one file for each set, or one lacks an image.
-    """
-    if len(sets) != len(files):
-        raise ValueError(
-            f"MODEL.LOAD_PROPOSALS needs a file for each of the {len(sets)} sets of "
-            f"DATASETS.TRAIN, in their order, but DATASETS.PROPOSAL_FILES_TRAIN has {len(files)}."
-        )
-    assigned = []
-    for dicts, path in zip(sets, files, strict=True):
-        present = ProposalFile(path)
-        lacking = [d["image_id"] for d in dicts if d["image_id"] not in present]
-        if lacking:
-            raise ValueError(
-                f"{path} of DATASETS.PROPOSAL_FILES_TRAIN lacks {len(lacking)} of {len(dicts)} "
-                f"images, the first with id {lacking[0]}: it was made for other data."
-            )
-        assigned += [{**d, "proposal_file": str(path)} for d in dicts]
-    return assigned
-
-
-class ProposalMapper:
-    """Adds the proposals of each image, in detectron2's form, before another mapper takes it.
-
-    Args:
-        mapper: one that carries ``proposal_boxes`` through its augmentations, such as
-            ``InstSegDatasetMapper``.
-    """
-
-    def __init__(self, mapper: Callable[[dict], dict | None]) -> None:
-        self._mapper = mapper
-        self._files: dict[str, ProposalFile] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the files out: a process that is handed the mapper maps them for itself."""
-        return {**self.__dict__, "_files": {}}
-
-    def __call__(self, dataset_dict: dict) -> dict | None:
-        """Map one image whose dictionary comes from ``assign_proposals``; it is not modified."""
-        dataset_dict = dict(dataset_dict)
-        path = dataset_dict.pop("proposal_file")
-        if path not in self._files:
-            self._files[path] = ProposalFile(path)
-        boxes, logits = self._files[path][dataset_dict["image_id"]]
-        dataset_dict["proposal_boxes"] = boxes.clone().numpy()
-        dataset_dict["proposal_objectness_logits"] = logits.clone().numpy()
-        dataset_dict["proposal_bbox_mode"] = BoxMode.XYXY_ABS
-        return self._mapper(dataset_dict)
+    def _part(self, image_id: int | str) -> slice:
+        row = self._rows[str(image_id)]
+        return slice(self._starts[row], self._starts[row + 1])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -188,7 +227,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
-        if content.get("format") != _FORMAT:
+        if content.get("format") not in (_BOXES, _MASKS):
             raise ValueError(f"its format is {content.get('format')!r}")
         _check(content)
     except _READ_ERRORS as error:
@@ -205,7 +244,8 @@ def _check(content: dict[str, Any]) -> None:
     ids = content["ids"]
     if not (isinstance(ids, list) and all(isinstance(image_id, str) for image_id in ids)):
         raise ValueError("its ids are no texts")
-    for name, dtype, dimensions in _TENSORS:
+    with_masks = content["format"] == _MASKS
+    for name, dtype, dimensions in _BOX_TENSORS + (_MASK_TENSORS if with_masks else ()):
         tensor = content[name]
         if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.dim()) != (dtype, dimensions):
             raise ValueError(f"its {name} are no {dtype} tensor of {dimensions} dimensions")
@@ -217,5 +257,15 @@ def _check(content: dict[str, Any]) -> None:
         and bool((starts.diff() >= 0).all())
         and boxes.shape[1:] == (4,)
     )
+    if with_masks:
+        sizes, mask_starts = content["image_sizes"], content["mask_starts"]
+        fits = (
+            fits
+            and tuple(sizes.shape) == (len(ids), 2)
+            and len(mask_starts) == len(boxes) + 1
+            and int(mask_starts[0]) == 0
+            and int(mask_starts[-1]) == len(content["mask_counts"])
+            and bool((mask_starts.diff() >= 0).all())
+        )
     if not fits:
         raise ValueError("its parts have lengths that do not fit each other")

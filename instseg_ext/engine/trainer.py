@@ -371,6 +371,7 @@ def _check_settings(cfg: CfgNode) -> None:
     """Raise on settings that would fail, or be ignored, only after hours.
 
     Raises:
+        FileNotFoundError: if a file of proposals does not exist.
         ValueError: naming the key.
         ImportError: if wandb is asked for and missing.
     """
@@ -383,11 +384,7 @@ def _check_settings(cfg: CfgNode) -> None:
         )
     if cfg.INSTSEG.BEST.METRIC and not cfg.DATASETS.TEST:
         raise ValueError("INSTSEG.BEST.METRIC needs a test set: name one in DATASETS.TEST.")
-    if cfg.MODEL.LOAD_PROPOSALS and cfg.DATASETS.TEST:
-        raise ValueError(
-            f"MODEL.LOAD_PROPOSALS is for training only, but DATASETS.TEST names "
-            f"{', '.join(cfg.DATASETS.TEST)}: set it to (), and evaluate a model that has a "
-            "proposal generator."
-        )
+    for split in ("TRAIN", "TEST"):
+        data.check_proposal_files(cfg, split)
     if cfg.INSTSEG.WANDB.ENABLED and comm.is_main_process():
         require_wandb()

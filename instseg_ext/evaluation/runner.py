@@ -56,6 +56,7 @@ def evaluate(
         where there is nothing to measure against; empty inner dictionaries on other processes.
 
     Raises:
+        FileNotFoundError: if a file of proposals does not exist.
         ValueError: if ``DATASETS.TEST`` is empty, a data set has no known evaluator, or it does not
             hold what the model predicts.
     """
@@ -64,6 +65,7 @@ def evaluate(
             "DATASETS.TEST is empty: name a data set to evaluate on, or pass --val-json and "
             "--val-images."
         )
+    data.check_proposal_files(cfg, "TEST")
     folder = Path(cfg.OUTPUT_DIR if output_dir is None else output_dir)
     model = (
         getattr(model, "module", model)

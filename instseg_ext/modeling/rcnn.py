@@ -146,8 +146,9 @@ class InstSegRCNN(RuntimeMixin, GeneralizedRCNN):
         if self.proposal_generator is None and any("proposals" not in x for x in batched_inputs):
             raise ValueError(
                 "Inputs carry no proposals, and MODEL.PROPOSAL_GENERATOR.NAME "
-                "PrecomputedProposals makes none: for training set MODEL.LOAD_PROPOSALS True and "
-                "DATASETS.PROPOSAL_FILES_TRAIN, otherwise name a generator such as RPN."
+                "PrecomputedProposals makes none: for training and evaluation set "
+                "MODEL.LOAD_PROPOSALS True and DATASETS.PROPOSAL_FILES_TRAIN and _TEST; for single "
+                "pictures name a generator such as RPN."
             )
 
     def postprocess(

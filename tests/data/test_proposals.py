@@ -16,6 +16,7 @@ from PIL import Image
 from instseg_ext import data
 from instseg_ext.config import add_shared_config
 from instseg_ext.data import proposals
+from instseg_ext.structures.rle import encode_masks
 
 BOXES = torch.tensor([[0.0, 0, 10, 5], [2.5, 1, 8, 9], [30, 30, 40, 40]])
 LOGITS = torch.tensor([-1.0, 3, 0.5])
@@ -40,6 +41,93 @@ def test_a_file_gives_back_what_was_written_best_first(file):
     assert torch.equal(stored[9][0], BOXES[:1])
     assert 7 in stored
     assert 8 not in stored
+
+
+def square_masks(sides, size_hw=(40, 60)):
+    masks = np.zeros((len(sides), *size_hw), dtype=bool)
+    for mask, side in zip(masks, sides, strict=True):
+        mask[:side, :side] = True
+    return encode_masks(masks)
+
+
+def test_masks_follow_their_boxes(tmp_path):
+    path, masks = tmp_path / "masks.pth", square_masks([3, 4, 5])
+    as_bytes = [{**rle, "counts": rle["counts"].encode()} for rle in square_masks([6], (9, 9))]
+    data.write_proposals(
+        path,
+        [
+            ("7", BOXES, LOGITS, masks),
+            ("empty", BOXES[:0], LOGITS[:0], []),
+            ("void", BOXES[:0], LOGITS[:0]),
+            ("9", BOXES[:1], LOGITS[:1], as_bytes),
+        ],
+    )
+    stored = data.ProposalFile(path)
+    assert stored.has_masks
+    assert stored.masks(7) == [masks[1], masks[2], masks[0]]
+    assert stored.masks("empty") == stored.masks("void") == []
+    assert stored.masks(9) == square_masks([6], (9, 9))
+    assert torch.equal(stored[7][0], BOXES[[1, 2, 0]])
+
+
+def test_a_file_without_masks_says_so(file, tmp_path):
+    """It stays readable for earlier releases, which know the first form only."""
+    stored = data.ProposalFile(file)
+    assert not stored.has_masks
+    assert stored.masks(7) is None
+    assert torch.load(file, weights_only=True)["format"] == "instseg_ext proposals 1"
+
+
+@pytest.mark.parametrize(
+    ("items", "match"),
+    [
+        ([("7", BOXES, LOGITS, square_masks([3, 4]))], r"Image 7 has 3 proposals and 2 masks"),
+        (
+            [("7", BOXES, LOGITS, square_masks([3, 4, 5])), ("8", BOXES, LOGITS)],
+            r"Image 8 has 3 proposals and no masks",
+        ),
+        (
+            [("7", BOXES[:2], LOGITS[:2], square_masks([3]) + square_masks([3], (9, 9)))],
+            r"Image 7: masks of different sizes, \[\(9, 9\), \(40, 60\)\]",
+        ),
+    ],
+    ids=["too few", "some images", "sizes"],
+)
+def test_masks_that_do_not_fit_are_refused(tmp_path, items, match):
+    with pytest.raises(ValueError, match=match):
+        data.write_proposals(tmp_path / "masks.pth", items)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_sizes": torch.zeros(2, 2, dtype=torch.int64)},
+        {"mask_starts": torch.tensor([0, 1])},
+        {"mask_starts": torch.tensor([0, 99])},
+        {"mask_counts": torch.zeros(3)},
+    ],
+    ids=str,
+)
+def test_parts_of_masks_that_do_not_fit_are_refused(tmp_path, change):
+    path = tmp_path / "masks.pth"
+    data.write_proposals(path, [("7", BOXES[:1], LOGITS[:1], square_masks([3]))])
+    torch.save({**torch.load(path, weights_only=True), **change}, path)
+    with pytest.raises(ValueError, match=r"masks\.pth is no proposal file of ours"):
+        data.ProposalFile(path)
+
+
+@pytest.mark.parametrize("counts", [b"\xff\xff\xff", b"0000", b"00o", b"0Z9999999"])
+def test_a_damaged_mask_is_named(tmp_path, counts):
+    """pycocotools would write beyond its buffers."""
+    path = tmp_path / "masks.pth"
+    data.write_proposals(path, [("7", BOXES[:1], LOGITS[:1], square_masks([3]))])
+    content = torch.load(path, weights_only=True)
+    content["mask_counts"] = torch.frombuffer(bytearray(counts), dtype=torch.uint8)
+    content["mask_starts"] = torch.tensor([0, len(counts)])
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"masks\.pth, image 7: damaged mask, "):
+        data.ProposalFile(path).masks(7)
 
 
 def test_no_image_at_all(tmp_path):
@@ -189,24 +277,73 @@ def test_a_worker_maps_the_file_for_itself(file, picture):
     assert len(pickle.loads(content)(assigned)["proposals"]) == 3
 
 
-def test_the_training_loader_reads_them(file, picture):
+@pytest.fixture
+def cfg(file, picture):
     name = "one_picture_with_proposals"
-    if name not in DatasetCatalog:
-        DatasetCatalog.register(name, lambda: [picture])
-        MetadataCatalog.get(name).thing_classes = ["thing"]
+    DatasetCatalog.register(name, lambda: [picture])
+    MetadataCatalog.get(name).set(thing_classes=["thing"])
     cfg = get_cfg()
     add_shared_config(cfg)
     data.add_data_config(cfg)
-    cfg.DATASETS.TRAIN = (name,)
-    cfg.DATASETS.PROPOSAL_FILES_TRAIN = (str(file),)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = cfg.DATASETS.PROPOSAL_FILES_TEST = (str(file),)
     cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN = 2
+    cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST = 1
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SOLVER.IMS_PER_BATCH = 1
     cfg.INPUT.MIN_SIZE_TRAIN = (40,)
+    cfg.INPUT.MIN_SIZE_TEST = 80
     cfg.MODEL.LOAD_PROPOSALS = True
+    yield cfg
+    DatasetCatalog.remove(name)
+
+
+def test_the_loaders_read_them(cfg):
     (sample,) = next(iter(data.build_train_loader(cfg, data.build_mapper(cfg, True), seed=0)))
     assert sample["proposals"].objectness_logits.tolist() == [3, 0.5]
     assert len(sample["instances"]) == 1
-    with pytest.raises(ValueError, match=r"LOAD_PROPOSALS is for training only"):
-        data.build_test_loader(cfg, name, data.build_mapper(cfg, False))
-    DatasetCatalog.remove(name)
+    loader = data.build_test_loader(cfg, cfg.DATASETS.TEST[0], data.build_mapper(cfg, False))
+    (sample,) = next(iter(loader))
+    assert sample["proposals"].objectness_logits.tolist() == [3]
+    assert sample["proposals"].proposal_boxes.tensor.tolist() == [[5, 2, 16, 18]]
+    assert "proposal_rles" not in sample
+
+
+def test_the_test_loader_attaches_masks_of_the_same_proposals(cfg, tmp_path):
+    """Row i of the masks is row i of the boxes, also where a box is dropped; size of the file."""
+    path = tmp_path / "masks.pth"
+    outside = torch.tensor([[70.0, 0, 80, 10]])
+    boxes, masks = torch.cat([outside, BOXES]), square_masks([3, 4, 5, 6])
+    logits = torch.cat([torch.tensor([9.0]), LOGITS])
+    data.write_proposals(path, [("7", boxes, logits, masks)])
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (str(path),)
+    cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST = 2
+    cfg.INSTSEG.PROPOSAL_MASKS = True
+    loader = data.build_test_loader(cfg, cfg.DATASETS.TEST[0], data.build_mapper(cfg, False))
+    (sample,) = next(iter(loader))
+    assert sample["proposals"].objectness_logits.tolist() == [3, 0.5]
+    assert list(sample["proposal_rles"]) == [masks[2], masks[3]]
+    assert sample["image"].shape[1:] == (80, 120)
+    best = sample["proposal_rles"][torch.tensor([False, True])]
+    assert list(best) == [masks[3]]
+
+
+def test_what_the_test_loader_lacks_is_asked_for(cfg, file, tmp_path):
+    name, build = cfg.DATASETS.TEST[0], data.build_mapper(cfg, False)
+    cfg.INSTSEG.PROPOSAL_MASKS = True
+    with pytest.raises(ValueError, match=r"PROPOSAL_FILES_TEST has boxes only, .* wants the masks"):
+        data.build_test_loader(cfg, name, build)
+    cfg.INSTSEG.STRETCH = [64, 64]
+    with pytest.raises(ValueError, match=r"INSTSEG\.STRETCH .* would not follow"):
+        data.build_test_loader(cfg, name, build)
+    with pytest.raises(ValueError, match=r"a file of proposals for other_set"):
+        data.proposal_mapper.proposal_file_of(cfg, "other_set")
+    data.check_proposal_files(cfg, "TEST")
+    cfg.DATASETS.PROPOSAL_FILES_TEST = ()
+    with pytest.raises(ValueError, match=r"the 1 sets of DATASETS\.TEST, .*_TEST has 0; `instseg"):
+        data.check_proposal_files(cfg, "TEST")
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (str(tmp_path / "gone.pth"),)
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth \(DATASETS\.PROPOSAL_FILES_TEST\)"):
+        data.check_proposal_files(cfg, "TEST")
+    cfg.MODEL.LOAD_PROPOSALS = False
+    data.check_proposal_files(cfg, "TEST")

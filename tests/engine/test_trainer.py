@@ -443,10 +443,15 @@ class TestSettings:
         with pytest.raises(ValueError, match=r"TEST.PRECISE_BN.ENABLED"):
             Trainer(config("TEST.PRECISE_BN.ENABLED", True), METHOD)
 
-    def test_proposals_from_files_cannot_be_evaluated(self, config):
-        with pytest.raises(ValueError, match=r"LOAD_PROPOSALS is for training only, but .*toy_"):
+    def test_files_of_proposals_are_looked_for_before_training(self, config, tmp_path):
+        with pytest.raises(ValueError, match=r"a file for each .*PROPOSAL_FILES_TRAIN has 0"):
             Trainer(config("MODEL.LOAD_PROPOSALS", True), METHOD)
-        Trainer(config("MODEL.LOAD_PROPOSALS", True, "DATASETS.TEST", ()), METHOD)
+        given = ("MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN")
+        with pytest.raises(FileNotFoundError, match=r"no proposal file gone\.pth"):
+            Trainer(config(*given, ("gone.pth",)), METHOD)
+        (tmp_path / "some.pth").touch()
+        with pytest.raises(ValueError, match=r"a file for each .*PROPOSAL_FILES_TEST has 0"):
+            Trainer(config(*given, (str(tmp_path / "some.pth"),)), METHOD)
 
     def test_wandb_is_missing(self, config, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "wandb", None)
