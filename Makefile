@@ -19,7 +19,7 @@ TABLE_OPTS ?=
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench nuclei-table clean
+.PHONY: help env demo test test-slow lint bench nuclei-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 22
@@ -37,6 +37,9 @@ demo: env  ## train on real images, evaluate, draw (about 10 minutes on 2 cores)
 
 test: env  ## run the tests (without the slow ones)
 	$(RUN) -m pytest -q $(TEST_OPTS)
+
+test-slow: env  ## run the slow tests, two at a time (about half an hour on 2 cores)
+	$(RUN) -m pytest -q -m slow -n 2 --dist worksteal $(TEST_OPTS)
 
 lint: env  ## check style and formatting
 	$(RUN) -m ruff check .

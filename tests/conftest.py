@@ -52,8 +52,9 @@ def device(request):
 
 @pytest.fixture
 def all_cores():
-    """Let a test that trains for minutes use every core."""
+    """Let a test that trains for minutes use every core, unless other tests run beside it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
+    torch.set_num_threads(1 if beside else os.cpu_count() or 1)
     yield
     torch.set_num_threads(before)
