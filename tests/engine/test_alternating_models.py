@@ -92,7 +92,7 @@ def test_two_processes_killed_and_resumed(shapes, tmp_path):
     """SIGKILL of all of them in step 2; every image has its proposals once."""
     argv = ["-m", "instseg_ext.cli.main", *command(shapes, tmp_path, "FPN", "--num-gpus", "2")]
     process = start(*argv, own_group=True)
-    limit = time.monotonic() + 200
+    limit = time.monotonic() + 600
     while not (tmp_path / "step2" / "config.yaml").is_file():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit

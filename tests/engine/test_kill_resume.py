@@ -53,7 +53,7 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path):
     # Anywhere between the checkpoints of iterations 20 and 40.
     deadly = random.SystemRandom().randrange(21, 39)
     process = start(TOY_TRAIN, *data, "--output", killed, *OPTS)
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 600
     while len(recorded(killed)) < deadly and process.poll() is None:
         assert time.monotonic() < limit
         time.sleep(0.002)
