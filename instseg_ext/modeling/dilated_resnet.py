@@ -8,11 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch.nn.functional as F
-from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
-from detectron2.modeling.backbone.resnet import BasicStem
+from detectron2.config import CfgNode
+from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet, build_resnet_backbone
 from torch import Tensor, nn
 
-__all__ = ["FixedBatchNorm2d", "UnpaddedStem", "dilate_stage", "learn_affine"]
+__all__ = [
+    "FixedBatchNorm2d",
+    "UnpaddedStem",
+    "build_instseg_dilated_resnet_backbone",
+    "dilate_stage",
+    "dilated_parts",
+    "learn_affine",
+]
+
+# MODEL.RESNETS.RES5_DILATION: dilations of the stages that lose their stride.
+_DILATIONS = {1: {}, 2: {"res5": 2}, 4: {"res4": 2, "res5": 4}}
 
 
 class FixedBatchNorm2d(FrozenBatchNorm2d):
@@ -74,3 +86,52 @@ def dilate_stage(blocks: Iterable[CNNBlockBase], dilation: int) -> None:
                 conv.stride = (1, 1)
                 if conv.kernel_size == (3, 3):
                     conv.dilation = conv.padding = (dilation, dilation)
+
+
+def dilated_parts(
+    cfg: CfgNode, input_shape: ShapeSpec
+) -> tuple[CNNBlockBase, list[list[CNNBlockBase]]]:
+    """Build the stem and the stages of a ResNet whose last stages keep their resolution.
+
+    Unlike in detectron2's ``build_resnet_backbone``, ``MODEL.RESNETS.RES5_DILATION`` may be 4, and
+    stages of basic blocks (``DEPTH`` 18 and 34) can be dilated. Nothing is frozen yet.
+
+    Args:
+        cfg: reads ``MODEL.RESNETS``.
+        input_shape: of the image.
+
+    Raises:
+        ValueError: if the dilation is unknown or a stage is to be deformable.
+    """
+    node = cfg.MODEL.RESNETS
+    if node.RES5_DILATION not in _DILATIONS:
+        raise ValueError(
+            "MODEL.RESNETS.RES5_DILATION must be 1, 2 (res5 at stride 16) or 4 (res4 and res5 at "
+            f"stride 8), not {node.RES5_DILATION}."
+        )
+    if any(node.DEFORM_ON_PER_STAGE):
+        raise ValueError(
+            f"{cfg.MODEL.BACKBONE.NAME} has no deformable stages: set "
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE to [False, False, False, False]."
+        )
+    plain_cfg = cfg.clone()
+    plain_cfg.defrost()
+    plain_cfg.MODEL.RESNETS.RES5_DILATION = 1
+    plain_cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    plain = build_resnet_backbone(plain_cfg, input_shape)
+    for name, dilation in _DILATIONS[node.RES5_DILATION].items():
+        if name in plain.stage_names:
+            dilate_stage(getattr(plain, name), dilation)
+    return plain.stem, [list(stage) for stage in plain.stages]
+
+
+@BACKBONE_REGISTRY.register()
+def build_instseg_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """Build a ResNet from the keys of ``build_resnet_backbone``, see ``dilated_parts``."""
+    stem, stages = dilated_parts(cfg, input_shape)
+    return ResNet(
+        stem,
+        stages,
+        out_features=cfg.MODEL.RESNETS.OUT_FEATURES,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )

@@ -12,6 +12,7 @@ from instseg_ext.layers.folded_conv import fold_norms
 from instseg_ext.modeling.dilated_resnet import (
     FixedBatchNorm2d,
     UnpaddedStem,
+    build_instseg_dilated_resnet_backbone,
     dilate_stage,
     learn_affine,
 )
@@ -114,3 +115,21 @@ class TestFixedBatchNorm:
         fold_norms(model)
         with torch.no_grad():
             torch.testing.assert_close(model(x)["res5"], plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize(("dilation", "strides"), [(1, (16, 32)), (2, (16, 16)), (4, (8, 8))])
+def test_builder_keeps_the_resolution_of_the_last_stages(depth, dilation, strides):
+    cfg = get_cfg()
+    node = cfg.MODEL.RESNETS
+    node.DEPTH, node.OUT_FEATURES, node.RES5_DILATION = depth, ["res4", "res5"], dilation
+    node.RES2_OUT_CHANNELS = 64 if depth < 50 else 16
+    if depth >= 50:
+        node.STEM_OUT_CHANNELS, node.WIDTH_PER_GROUP = 8, 4
+    model = build_instseg_dilated_resnet_backbone(cfg, ShapeSpec(channels=3))
+    assert tuple(shape.stride for shape in model.output_shape().values()) == strides
+    maps = model(torch.zeros(1, 3, 64, 96))
+    for stride, x in zip(strides, maps.values(), strict=True):
+        assert x.shape[-2:] == (64 // stride, 96 // stride)
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"res3", "res4", "res5"}
