@@ -24,7 +24,7 @@ from torch import Tensor
 
 from instseg_ext.layers.mask_ops import above
 
-__all__ = ["AxisMap", "ThresholdedResize", "axis_map", "exact_float32_matmul"]
+__all__ = ["AxisMap", "ThresholdedResize", "axis_map", "exact_float32_matmul", "true_spans"]
 
 _UNIT_ROUNDOFF = 2.0**-24
 _BLOCK = 128  # output lines per matrix product: keeps the band narrow and the values in cache
@@ -173,7 +173,9 @@ class ThresholdedResize:
             out.zero_()
             # Where every tap is this far below, no rounding lifts the result above the threshold.
             support = above(probs, self.threshold * (1 - 1e-5)).numpy()
-            spans = zip(_spans(support.any(axis=2)), _spans(support.any(axis=1)), strict=True)
+            spans = zip(
+                true_spans(support.any(axis=2)), true_spans(support.any(axis=1)), strict=True
+            )
             for mask, values, (row_span, col_span) in zip(out, probs, spans, strict=True):
                 if row_span[0] < row_span[1]:
                     self._fill(mask, values, row_span, col_span)
@@ -204,7 +206,7 @@ class ThresholdedResize:
             above(value, self.threshold + self.tolerance, out=out[start:end, left:right])
 
 
-def _spans(hit: np.ndarray) -> list[tuple[int, int]]:
+def true_spans(hit: np.ndarray) -> list[tuple[int, int]]:
     """Return [first, end) of the True entries of each row of (N, L) bool; (0, 0) if none."""
     some = hit.any(axis=1)
     first = hit.argmax(axis=1) * some

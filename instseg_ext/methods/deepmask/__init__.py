@@ -1,6 +1,8 @@
 """DeepMask and SharpMask: class-agnostic segments by windows (arXiv:1506.06204, 1603.08695)."""
 
 from instseg_ext.method import Method
+from instseg_ext.methods.deepmask import sharpmask as _sharp  # noqa: F401  registers both models
+from instseg_ext.methods.deepmask import trunk as _trunk  # noqa: F401  registers the trunks
 from instseg_ext.methods.deepmask.config import add_deepmask_config
 
 __all__ = ["METHOD"]

@@ -7,21 +7,21 @@ import math
 from detectron2.config import CfgNode as CN  # noqa: N817
 
 from instseg_ext.config import check_choice, check_range
+from instseg_ext.layers.symmetric_pad import PAD_MODES
 
 __all__ = [
-    "PAD_MODES",
     "TRUNK_STRIDE",
     "add_deepmask_config",
     "canonical_size",
     "check_deepmask_config",
+    "check_sharpmask_config",
     "patch_size",
 ]
 
 # Pixels between two windows, and those of the image that one cell of the trunk's map covers.
 TRUNK_STRIDE = 16
-PAD_MODES = ("symmetric", "reflect", "zeros")
 HEADS = ("shared", "separate")
-_POSITIVE = ("OUT_SIZE", "GT_SIZE", "REDUCE_DIM", "CODE_DIM", "SCORE_DIM", "NUM_PROPOSALS")
+_POSITIVE = ("OUT_SIZE", "GT_SIZE", "REDUCE_DIM", "CODE_DIM", "SCORE_DIM")
 _RANGES = {
     "CANONICAL_FRAC": "(0, 1]",
     "SHIFT": "[0, inf)",
@@ -44,8 +44,9 @@ def add_deepmask_config(cfg: CN) -> None:
     """Add ``MODEL.DEEPMASK`` and ``MODEL.SHARPMASK`` with the settings of the published models.
 
     Keys of detectron2 that hold too: ``MODEL.BACKBONE`` and ``MODEL.RESNETS`` for the trunk;
-    ``SOLVER.IMS_PER_BATCH`` counts patches; with ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` False,
-    images without objects give negative patches, too.
+    ``SOLVER.IMS_PER_BATCH`` counts patches; ``TEST.DETECTIONS_PER_IMAGE`` of an image's windows,
+    those with the highest scores, become proposals; with ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``
+    False, images without objects give negative patches, too.
 
     Args:
         cfg: changed in place.
@@ -119,8 +120,6 @@ def add_deepmask_config(cfg: CN) -> None:
     # ---- inference ----
     # Sizes at which windows slide over the image, as factors of its size: 2^-2.5 to 2^0.5.
     _C.MODEL.DEEPMASK.TEST_SCALES = [2 ** (k / 2) for k in range(-5, 2)]
-    # Windows of an image, those with the highest scores, that become proposals.
-    _C.MODEL.DEEPMASK.NUM_PROPOSALS = 1000
     # A pixel belongs to a mask when its probability is strictly higher.
     _C.MODEL.DEEPMASK.MASK_THRESH = 0.2
     # IoU of boxes above which the lower of two proposals is dropped; 1.0 keeps all, as published.
@@ -133,15 +132,13 @@ def add_deepmask_config(cfg: CN) -> None:
     _C.MODEL.DEEPMASK.LEGACY_PASTE = False
 
     _C.MODEL.SHARPMASK = CN()
-    # Channels of the coarsest mask encoding; halved in each of the four refinements. A multiple
-    # of 16.
-    _C.MODEL.SHARPMASK.KM = 32
-    # Channels of the coarsest skip connection; likewise.
-    _C.MODEL.SHARPMASK.KS = 32
+    # Channels of the coarsest mask encoding and of the coarsest skip connection (km and ks in the
+    # paper, which are summed and therefore equal); halved by each of the four refinements. A
+    # multiple of 16.
+    _C.MODEL.SHARPMASK.DIM = 32
     # Windows that are refined at a time; only memory and speed depend on it.
     _C.MODEL.SHARPMASK.CHUNK = 128
-    # True: train the refinement alone, on a trained DeepMask. False: the score stays as it is, the
-    # trunk learns.
+    # True: train the refinement alone, on a trained DeepMask. False: train everything together.
     _C.MODEL.SHARPMASK.FREEZE_TRUNK = True
     # True: predict with DeepMask's mask head, which a SharpMask carries too.
     _C.MODEL.SHARPMASK.USE_DEEPMASK_HEAD = False
@@ -160,7 +157,7 @@ def canonical_size(cfg: CN) -> int:
 
 
 def check_deepmask_config(cfg: CN) -> None:
-    """Make sure that the values of ``MODEL.DEEPMASK`` and ``MODEL.SHARPMASK`` are allowed.
+    """Make sure that the values of ``MODEL.DEEPMASK`` are allowed.
 
     Raises:
         ValueError: naming the first key whose value is not.
@@ -184,12 +181,39 @@ def check_deepmask_config(cfg: CN) -> None:
             "MODEL.DEEPMASK.TEST_SCALES must be a list of positive numbers, not "
             f"{list(node.TEST_SCALES)}."
         )
-    sharp = cfg.MODEL.SHARPMASK
-    for key in ("KM", "KS"):
-        if sharp[key] < 16 or sharp[key] % 16:
-            raise ValueError(
-                f"MODEL.SHARPMASK.{key} must be a multiple of 16, not {sharp[key]}: it is halved "
-                "four times."
-            )
-    if sharp.CHUNK < 1:
-        raise ValueError(f"MODEL.SHARPMASK.CHUNK must be positive, not {sharp.CHUNK}.")
+    if node.LEGACY_PASTE and cfg.INPUT.MIN_SIZE_TEST:
+        raise ValueError(
+            "MODEL.DEEPMASK.LEGACY_PASTE knows the original size of images alone: set "
+            f"INPUT.MIN_SIZE_TEST to 0, not {cfg.INPUT.MIN_SIZE_TEST}."
+        )
+
+
+def check_sharpmask_config(cfg: CN) -> None:
+    """Make sure that the keys of a SharpMask go together; ``check_deepmask_config`` is another.
+
+    Raises:
+        ValueError: naming the first key that does not.
+    """
+    node, deepmask = cfg.MODEL.SHARPMASK, cfg.MODEL.DEEPMASK
+    if node.DIM < 16 or node.DIM % 16:
+        raise ValueError(
+            f"MODEL.SHARPMASK.DIM must be a multiple of 16, not {node.DIM}: it is halved four "
+            "times."
+        )
+    if node.CHUNK < 1:
+        raise ValueError(f"MODEL.SHARPMASK.CHUNK must be positive, not {node.CHUNK}.")
+    if deepmask.GT_SIZE != deepmask.INPUT_SIZE:
+        raise ValueError(
+            f"MODEL.DEEPMASK.GT_SIZE must be INPUT_SIZE {deepmask.INPUT_SIZE} for SharpMask, which "
+            f"predicts masks of that size, not {deepmask.GT_SIZE}."
+        )
+    if node.FREEZE_TRUNK and deepmask.SCORE_FREQ:
+        raise ValueError(
+            "MODEL.DEEPMASK.SCORE_FREQ must be 0.0 with MODEL.SHARPMASK.FREEZE_TRUNK True, which "
+            f"keeps the score as it is, not {deepmask.SCORE_FREQ}."
+        )
+    if not node.FREEZE_TRUNK and not deepmask.SCORE_FREQ:
+        raise ValueError(
+            "MODEL.DEEPMASK.SCORE_FREQ must be above 0 with MODEL.SHARPMASK.FREEZE_TRUNK False, so "
+            "that the score follows the trunk."
+        )
