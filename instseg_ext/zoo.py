@@ -22,6 +22,7 @@ from instseg_ext import config as config_nodes  # noqa: E402
 from instseg_ext.data import add_data_config, register_bundled, register_from_config  # noqa: E402
 from instseg_ext.method import Method  # noqa: E402
 from instseg_ext.methods import (  # noqa: E402
+    deepmask,
     fcis,
     mask_rcnn,
     mnc,
@@ -51,6 +52,7 @@ METHODS: tuple[Method, ...] = (
     panet.METHOD,
     mnc.METHOD,
     fcis.METHOD,
+    deepmask.METHOD,
     mask_rcnn.METHOD,
 )
 
@@ -144,8 +146,12 @@ def _check_names(cfg: CfgNode) -> None:
 
 
 def class_count(cfg: CfgNode) -> int:
-    """Return the number of foreground classes the configured model predicts."""
-    return _get(cfg, method_of(cfg).class_count_keys[0])
+    """Return the number of foreground classes the configured model predicts.
+
+    It is 1 where the method does not tell classes apart.
+    """
+    keys = method_of(cfg).class_count_keys
+    return _get(cfg, keys[0]) if keys else 1
 
 
 def set_class_count(cfg: CfgNode, count: int, typed: Collection[str] = ()) -> list[str]:
