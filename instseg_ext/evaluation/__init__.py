@@ -8,6 +8,7 @@ from instseg_ext.evaluation.coco_ap import (
     load_ground_truth,
 )
 from instseg_ext.evaluation.progress import show_progress
+from instseg_ext.evaluation.proposals import ProposalEvaluator
 from instseg_ext.evaluation.report import write_json
 from instseg_ext.evaluation.runner import evaluate, inference_mode, run_inference
 from instseg_ext.evaluation.sbd import InstSegSBDEvaluator
@@ -18,6 +19,7 @@ __all__ = [
     "STAGES",
     "InstSegCOCOEvaluator",
     "InstSegSBDEvaluator",
+    "ProposalEvaluator",
     "StageTimer",
     "average_precision",
     "average_precision_backend",

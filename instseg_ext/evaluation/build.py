@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, SemSegEvaluator
 
 from instseg_ext.data.foreign import require_packages
+from instseg_ext.data.registration import is_semantic
 from instseg_ext.data.semantic import open_labels
 from instseg_ext.evaluation.cityscapes import (
     InstSegCityscapesEvaluator,
@@ -18,6 +19,7 @@ from instseg_ext.evaluation.cityscapes import (
 )
 from instseg_ext.evaluation.coco import InstSegCOCOEvaluator
 from instseg_ext.evaluation.lvis import SeenLVISEvaluator
+from instseg_ext.evaluation.proposals import ProposalEvaluator, WithProposals
 from instseg_ext.evaluation.sbd import InstSegSBDEvaluator
 
 __all__ = ["build_evaluator"]
@@ -35,12 +37,16 @@ def build_evaluator(
 ) -> DatasetEvaluator:
     """Build the evaluator named by the data set's ``evaluator_type``.
 
+    Models that propose are judged by the recall of their proposals (``ProposalEvaluator``), and by
+    the data set's own figures only where it has a single class: they predict none.
+
     Args:
-        cfg: read for ``TEST.KEYPOINT_OKS_SIGMAS`` and ``INSTSEG``'s ``BOUNDARY_AP``, ``MAP_R`` and
-            ``MAP_R_ERRORS``.
+        cfg: read for ``TEST.KEYPOINT_OKS_SIGMAS`` and ``INSTSEG``'s ``BOUNDARY_AP``, ``MAP_R``,
+            ``MAP_R_ERRORS`` and ``PROPOSAL_RECALL``.
         dataset_name: registered data set.
         method_hints: ``Method.evaluator_hints``; ``segm_score_field`` names the field that ranks
-            masks, ``map_r_rule`` the rule of the headline of AP^r (see ``InstSegSBDEvaluator``).
+            masks, ``map_r_rule`` the rule of the headline of AP^r (see ``InstSegSBDEvaluator``),
+            ``proposals`` tells that the model proposes.
         output_dir: folder for result files, or ``None``.
         seen_images_only: judge the images that the evaluator is given instead of all of the data
             set's.
@@ -49,10 +55,37 @@ def build_evaluator(
         An evaluator, not yet reset.
 
     Raises:
-        ValueError: if the data set has no evaluator type or an unknown one.
+        ValueError: if the data set has no evaluator type or an unknown one, or has label maps and
+            the model proposes.
         ImportError: if the evaluator needs a package that is not installed.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    proposes = bool(method_hints.get("proposals"))
+    if is_semantic(dataset_name):
+        if proposes:
+            raise ValueError(
+                f"{dataset_name} holds label maps, in which there is no object to propose."
+            )
+        if cfg.INSTSEG.PROPOSAL_RECALL:
+            logger.warning(_NO_EFFECT, "PROPOSAL_RECALL", dataset_name, kind)
+    elif proposes or cfg.INSTSEG.PROPOSAL_RECALL:
+        proposals = ProposalEvaluator(dataset_name, seen_images_only=seen_images_only)
+        if proposes and proposals.num_classes != 1:
+            return proposals
+        options = (cfg, dataset_name, method_hints, output_dir, seen_images_only)
+        return WithProposals(_build(kind, *options), proposals)
+    return _build(kind, cfg, dataset_name, method_hints, output_dir, seen_images_only)
+
+
+def _build(
+    kind: str | None,
+    cfg: CfgNode,
+    dataset_name: str,
+    method_hints: Mapping[str, object],
+    output_dir: str | Path | None,
+    seen_images_only: bool,
+) -> DatasetEvaluator:
+    """Build the evaluator of a kind of data set, see ``build_evaluator``."""
     if kind in _COCO_STYLE:
         if kind == "coco_panoptic_seg":
             # The other parts need outputs that instance models do not have.
@@ -71,7 +104,7 @@ def build_evaluator(
     if kind in _FOREIGN:
         for key in ("BOUNDARY_AP", "MAP_R", "MAP_R_ERRORS"):
             if cfg.INSTSEG[key]:
-                logger.warning("INSTSEG.%s has no effect on %s, type %s.", key, dataset_name, kind)
+                logger.warning(_NO_EFFECT, key, dataset_name, kind)
         require_packages(dataset_name)
         folder = None if output_dir is None else str(output_dir)
         return _FOREIGN[kind](dataset_name, folder, seen_images_only)
@@ -101,6 +134,7 @@ def _cityscapes_semantic(name: str, _output_dir: str | None, seen_only: bool) ->
     return InstSegCityscapesSemSegEvaluator(name, seen_images_only=seen_only)
 
 
+_NO_EFFECT = "INSTSEG.%s has no effect on %s, type %s."
 _COCO_STYLE = ("coco", "coco_panoptic_seg", "sbd")
 _FOREIGN: dict[str, Callable[[str, str | None, bool], DatasetEvaluator]] = {
     "lvis": _lvis,

@@ -30,7 +30,12 @@ from instseg_ext.evaluation.coco_ap import (
 from instseg_ext.evaluation.report import write_json
 from instseg_ext.structures.rle import encode_masks
 
-__all__ = ["InstSegCOCOEvaluator", "instances_to_results", "ranked_for"]
+__all__ = [
+    "InstSegCOCOEvaluator",
+    "dataset_ground_truth",
+    "instances_to_results",
+    "ranked_for",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +97,7 @@ class InstSegCOCOEvaluator(DatasetEvaluator):
         self._keypoint_sigmas = keypoint_sigmas
         self._max_detections = max_detections
         self._boundary = boundary
-        self._dataset = _ground_truth(dataset_name)
+        self._dataset = dataset_ground_truth(dataset_name)
         self._category_ids = _category_ids(self._metadata, self._dataset)
         self._records: list[dict[str, Any]] = []
 
@@ -212,7 +217,12 @@ class InstSegCOCOEvaluator(DatasetEvaluator):
         return [task for task in METRICS if task in offered]
 
 
-def _ground_truth(dataset_name: str) -> dict[str, Any]:
+def dataset_ground_truth(dataset_name: str) -> dict[str, Any]:
+    """Return the COCO dictionary of a registered data set, see ``normalise_ground_truth``.
+
+    Raises:
+        FileNotFoundError: if the annotation file is missing.
+    """
     metadata = MetadataCatalog.get(dataset_name)
     data.ensure_files(dataset_name)
     if not metadata.get("json_file"):

@@ -51,7 +51,7 @@ def work(folder):
     cfg.DATASETS.TEST = ("shapes_val",)
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.OUTPUT_DIR = folder
-    cfg.INSTSEG.MAP_R = True
+    cfg.INSTSEG.MAP_R = cfg.INSTSEG.PROPOSAL_RECALL = True
     method = Method(name="noise", add_config=lambda cfg: None)
     results = evaluation.evaluate(cfg, Noise(), method, iteration=comm.get_world_size())
     assert bool(results["shapes_val"]) == comm.is_main_process()
@@ -86,5 +86,6 @@ def test_two_processes_equal_one(tmp_path):
     assert alone["datasets"] == together["datasets"]
     assert alone["datasets"]["shapes_val"]["bbox"]["AP50"] > 0
     assert alone["datasets"]["shapes_val"]["map_r"]["sds_mAPvol"] > 0
+    assert alone["datasets"]["shapes_val"]["proposals"]["segm_AR@100"] > 0
     assert detections == gathered
     assert not (tmp_path / "2" / "results").exists()  # written once
