@@ -108,6 +108,9 @@ class Method:
             command that wants lower scores lowers them; it never raises them, since that would
             change the suppression.
         build_mapper: ``(cfg, is_train) -> mapper``; ``None`` means the shared mapper.
+        build_source: ``(cfg, training set, seed) -> source``, see ``data.TrainLoader``, for a
+            method that draws its training samples from the whole set; ``None`` means that the
+            mapper makes one of each image.
         evaluator_hints: from a config to options for the evaluator, such as
             ``{"segm_score_field": "mask_scores"}``.
         converters: families of foreign checkpoints that hold this method's models; the zoo
@@ -125,6 +128,9 @@ class Method:
     class_count_keys: tuple[str, ...] = ()
     score_threshold_keys: tuple[str, ...] = ()
     build_mapper: Callable[[Any, bool], Callable[[dict], dict | None]] | None = None
+    build_source: (
+        Callable[[Any, list[dict], int], Callable[[int, np.random.Generator], dict | None]] | None
+    ) = None
     evaluator_hints: Callable[[Any], Mapping[str, object]] = lambda cfg: {}
     converters: tuple[NamedFamily, ...] = ()
     export_wrapper: Callable | None = None

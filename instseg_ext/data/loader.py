@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 Mapper = Callable[[dict], "dict | None"]
+# From a position in the training stream and its random numbers to a sample.
+Source = Callable[[int, np.random.Generator], "dict | None"]
 
 MAX_ATTEMPTS = 100  # images tried for one position before the mapper is taken to reject all
 
@@ -59,6 +61,25 @@ class _Samples(data.Dataset):
         raise ValueError(
             f"The mapper rejected {MAX_ATTEMPTS} images in a row, among them {rejected[0]} and "
             f"{rejected[-1]}; check the annotations and the augmentation settings."
+        )
+
+
+class _DrawnSamples(data.Dataset):
+    """Map a (position, index) pair to what a source draws for the position."""
+
+    def __init__(self, source: Source, seed: int):
+        self.source, self.seed = source, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, _ = key
+        for attempt in range(MAX_ATTEMPTS):
+            with seeded(self.seed, position, attempt) as generator:
+                sample = self.source(position, generator)
+            if sample is not None:
+                return sample
+        raise ValueError(
+            f"No training sample was found in {MAX_ATTEMPTS} tries; check the annotations of "
+            "DATASETS.TRAIN with `instseg check-dataset`."
         )
 
 
@@ -99,7 +120,7 @@ class TrainLoader:
     def __init__(
         self,
         dicts: list[dict],
-        mapper: Mapper,
+        mapper: Mapper | None,
         *,
         batch_size: int,
         seed: int,
@@ -111,12 +132,14 @@ class TrainLoader:
         group_by_aspect: bool = False,
         order: EpochOrder | None = None,
         pin_memory: bool = False,
+        source: Source | None = None,
     ):
         """Set up the loader.
 
         Args:
             dicts: the training set in detectron2's format.
-            mapper: from one of them to a sample, or to None to have it replaced by another image.
+            mapper: from one of them to a sample, or to None to have it replaced by another image;
+                not called, and may be None, where there is a source.
             batch_size: images of one optimiser step over all processes.
             seed: non-negative and the same in all processes.
             accumulate: micro-batches of one step.
@@ -127,6 +150,8 @@ class TrainLoader:
             group_by_aspect: make batches of images that are all wider than high, or none.
             order: of the images; None = shuffled in each epoch.
             pin_memory: put images into page-locked memory, for copying to a GPU.
+            source: draws samples from the whole set, in place of the mapper; None has another
+                sample drawn.
 
         Raises:
             ValueError: if the batch cannot be cut into equal slices, or there is no image.
@@ -140,7 +165,9 @@ class TrainLoader:
         if seed < 0:
             raise ValueError(f"The loader needs a seed of 0 or more, not {seed}.")
         self.batch_size = batch_size // (world_size * accumulate)
-        self._samples = _Samples(dicts, mapper, seed)
+        self._samples = (
+            _Samples(dicts, mapper, seed) if source is None else _DrawnSamples(source, seed)
+        )
         order = order or EpochOrder(len(dicts), seed)
         groups = (
             np.array([d["width"] > d["height"] for d in dicts], int) if group_by_aspect else None
@@ -171,7 +198,13 @@ class TrainLoader:
 
 
 def build_train_loader(
-    cfg: CfgNode, mapper: Mapper, *, start_iteration: int = 0, seed: int, limit: int | None = None
+    cfg: CfgNode,
+    mapper: Mapper,
+    *,
+    start_iteration: int = 0,
+    seed: int,
+    limit: int | None = None,
+    build_source: Callable[[CfgNode, list[dict], int], Source] | None = None,
 ) -> TrainLoader:
     """Build the training loader of this process.
 
@@ -183,6 +216,8 @@ def build_train_loader(
         start_iteration: optimiser steps done before; the stream goes on exactly there.
         seed: non-negative and the same in all processes.
         limit: use only the first images, with proposals those of each set; None = all.
+        build_source: from config, training set and seed to what draws the samples in place of the
+            mapper.
 
     Returns:
         an endless iterable of micro-batches; ``INSTSEG.ACCUMULATE`` of them make one step.
@@ -201,15 +236,10 @@ def build_train_loader(
         mapper = ProposalMapper(mapper)
     else:
         dicts = training_dicts(cfg, cfg.DATASETS.TRAIN, limit)
-    sampler, repeat = cfg.DATALOADER.SAMPLER_TRAIN, None
-    if sampler == "RepeatFactorTrainingSampler":
-        repeat = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        ).tolist()
-    elif sampler != "TrainingSampler":
+    repeat = _repeat_factors(cfg, dicts)
+    if build_source is not None and repeat is not None:
         raise ValueError(
-            "DATALOADER.SAMPLER_TRAIN is TrainingSampler or RepeatFactorTrainingSampler, not "
-            f"{sampler!r}."
+            "DATALOADER.SAMPLER_TRAIN must be TrainingSampler: this model draws its samples itself."
         )
     return TrainLoader(
         dicts,
@@ -222,10 +252,28 @@ def build_train_loader(
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),
         # Loaders of label maps may not know the sizes.
-        group_by_aspect=cfg.DATALOADER.ASPECT_RATIO_GROUPING and all("width" in d for d in dicts),
+        group_by_aspect=cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        and build_source is None
+        and all("width" in d for d in dicts),
         order=EpochOrder(len(dicts), seed, repeat_factors=repeat),
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
+        source=None if build_source is None else build_source(cfg, dicts, seed),
     )
+
+
+def _repeat_factors(cfg: CfgNode, dicts: list[dict]) -> list[float] | None:
+    """Return how often each image is to appear in an epoch, None = once."""
+    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    if sampler == "TrainingSampler":
+        return None
+    if sampler != "RepeatFactorTrainingSampler":
+        raise ValueError(
+            "DATALOADER.SAMPLER_TRAIN is TrainingSampler or RepeatFactorTrainingSampler, not "
+            f"{sampler!r}."
+        )
+    return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+    ).tolist()
 
 
 def build_test_loader(

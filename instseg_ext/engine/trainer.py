@@ -192,6 +192,7 @@ class Trainer(TrainerBase):
             start_iteration=self.start_iter,
             seed=self.seed,
             limit=self._train_limit,
+            build_source=self.method.build_source,
         )
 
     # --- state -----------------------------------------------------------------------------------

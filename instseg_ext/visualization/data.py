@@ -45,7 +45,12 @@ def draw_training_samples(
     if count < 1:
         raise ValueError(f"--count wants at least 1 picture, not {count}.")
     build_mapper = method.build_mapper or data.build_mapper
-    loader = data.build_train_loader(cfg, build_mapper(cfg, True), seed=max(cfg.SEED, 0))
+    loader = data.build_train_loader(
+        cfg,
+        build_mapper(cfg, True),
+        seed=max(cfg.SEED, 0),
+        build_source=method.build_source,
+    )
     names = data.dataset_classes(cfg.DATASETS.TRAIN[0])
     samples = itertools.islice(itertools.chain.from_iterable(loader), count)
     out = Path(out_dir)

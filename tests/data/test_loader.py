@@ -239,6 +239,51 @@ def test_a_mapper_that_rejects_everything_is_an_error(dicts):
         take(TrainLoader(dicts, _reject_all, batch_size=1, seed=1), 1)
 
 
+def _draw(position, generator):
+    """Give a number for each position, after one rejection for every third."""
+    number = float(generator.random())
+    return None if position % 3 == 0 and number < 0.5 else {"position": position, "x": number}
+
+
+def _draw_nothing(position, generator):
+    return None
+
+
+@pytest.mark.parametrize(("workers", "world_size", "accumulate"), [(2, 1, 1), (0, 2, 1), (0, 1, 2)])
+def test_samples_that_a_source_draws_depend_on_the_position_only(
+    dicts, workers, world_size, accumulate
+):
+    whole = take(TrainLoader(dicts, None, batch_size=4, seed=1, source=_draw), 5)
+    assert [[s["position"] for s in batch] for batch in whole[:2]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    parts = [
+        take(
+            TrainLoader(
+                dicts,
+                None,
+                batch_size=4,
+                seed=1,
+                start_iteration=2,
+                num_workers=workers,
+                rank=rank,
+                world_size=world_size,
+                accumulate=accumulate,
+                source=_draw,
+            ),
+            3 * accumulate,
+        )
+        for rank in range(world_size)
+    ]
+    got = [s for k in range(3 * accumulate) for rank in range(world_size) for s in parts[rank][k]]
+    assert got == [s for batch in whole[2:] for s in batch]
+    others = take(TrainLoader(dicts, None, batch_size=4, seed=2, source=_draw), 5)
+    assert others != whole
+
+
+def test_a_source_that_finds_nothing_is_an_error(dicts):
+    with pytest.raises(ValueError, match="No training sample was found in 100 tries"):
+        take(TrainLoader(dicts, None, batch_size=1, seed=1, source=_draw_nothing), 1)
+
+
 def test_batch_that_cannot_be_cut(dicts, mapper):
     with pytest.raises(ValueError, match=r"IMS_PER_BATCH is 6.*ACCUMULATE 2.*multiple of 4"):
         TrainLoader(dicts, mapper, batch_size=6, seed=0, accumulate=2, world_size=2)
@@ -277,6 +322,20 @@ def test_samplers_of_a_config(cfg):
     cfg.DATALOADER.SAMPLER_TRAIN = "Nonsense"
     with pytest.raises(ValueError, match=r"SAMPLER_TRAIN.*Nonsense"):
         build_train_loader(cfg, build_mapper(cfg, True), seed=3)
+
+
+def test_a_source_is_built_from_config_set_and_seed(cfg):
+    def build_source(given, dicts, seed):
+        assert given is cfg
+        return lambda position, generator: {"size": len(dicts), "seed": seed}
+
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = True
+    arguments = {"seed": 3, "limit": 2, "build_source": build_source}
+    (batch,) = take(build_train_loader(cfg, build_mapper(cfg, True), **arguments), 1)
+    assert batch == [{"size": 2, "seed": 3}] * 4
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    with pytest.raises(ValueError, match=r"SAMPLER_TRAIN must be TrainingSampler"):
+        build_train_loader(cfg, build_mapper(cfg, True), **arguments)
 
 
 def test_what_is_trained_on(cfg, shapes, tmp_path):
@@ -333,7 +392,7 @@ def test_pictures_of_samples(cfg, tmp_path):
     from instseg_ext.visualization.data import draw_training_samples
 
     cfg.INPUT.MIN_SIZE_TRAIN = (64,)
-    method = SimpleNamespace(build_mapper=None)
+    method = SimpleNamespace(build_mapper=None, build_source=None)
     files = draw_training_samples(cfg, method, tmp_path / "out", count=5)
     assert [f.name for f in files] == [*(f"sample_{i:03d}.png" for i in range(5)), "samples.png"]
     sample = take(build_train_loader(cfg, build_mapper(cfg, True), seed=0), 1)[0][0]
