@@ -62,7 +62,7 @@ def add_deepmask_config(cfg: CN) -> None:
     _C.MODEL.DEEPMASK.CONTEXT = 16
     # Longest side of an object of canonical size, as a fraction of INPUT_SIZE, rounded up to whole
     # pixels: 92 of 160.
-    _C.MODEL.DEEPMASK.CANONICAL_FRAC = 128 / 224
+    _C.MODEL.DEEPMASK.CANONICAL_FRAC = 0.5714286
     # Side of DeepMask's predicted masks. They cover the window.
     _C.MODEL.DEEPMASK.OUT_SIZE = 56
     # Side of the masks that training compares with; predictions are enlarged to it. SharpMask needs
@@ -119,7 +119,7 @@ def add_deepmask_config(cfg: CN) -> None:
 
     # ---- inference ----
     # Sizes at which windows slide over the image, as factors of its size: 2^-2.5 to 2^0.5.
-    _C.MODEL.DEEPMASK.TEST_SCALES = [2 ** (k / 2) for k in range(-5, 2)]
+    _C.MODEL.DEEPMASK.TEST_SCALES = [0.1767767, 0.25, 0.3535534, 0.5, 0.7071068, 1.0, 1.4142136]
     # A pixel belongs to a mask when its probability is strictly higher.
     _C.MODEL.DEEPMASK.MASK_THRESH = 0.2
     # IoU of boxes above which the lower of two proposals is dropped; 1.0 keeps all, as published.
@@ -152,8 +152,8 @@ def patch_size(cfg: CN) -> int:
 def canonical_size(cfg: CN) -> int:
     """Return the longest side, in pixels of a patch, of an object of canonical size."""
     size = cfg.MODEL.DEEPMASK.INPUT_SIZE * cfg.MODEL.DEEPMASK.CANONICAL_FRAC
-    # 224 * (128 / 224) must not become 129 by rounding.
-    return math.ceil(size - 1e-6)
+    # 224 * 0.5714286 is 128.
+    return math.ceil(size - 1e-3)
 
 
 def check_deepmask_config(cfg: CN) -> None:
