@@ -10,16 +10,17 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from instseg_ext.layers.roi_align import RowROIAlign
+from instseg_ext.layers.roi_pool_v2 import ROIPoolV2
 from instseg_ext.layers.roi_warp import ROIWarp
 
 __all__ = ["POOLER_KINDS", "RegionPooler", "build_pooler"]
 
-POOLER_KINDS = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIWarp")
+POOLER_KINDS = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIPoolV2", "ROIWarp")
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class RegionPooler(ROIPooler):
-    """detectron2's ``ROIPooler`` (one level per box, Eq. 1 of arXiv:1612.03144) with ROIWarp.
+    """detectron2's ``ROIPooler`` (one level per box, Eq. 1 of arXiv:1612.03144) with ROIWarp, ROIPoolV2.
 
     Operators without half-precision kernels (all of them on the CPU) run in float32, also under
     autocast; the result has the dtype of the features.
@@ -42,7 +43,7 @@ class RegionPooler(ROIPooler):
             output_size,
             tuple(scales),
             sampling_ratio,
-            "ROIAlignV2" if kind == "ROIWarp" else kind,
+            "ROIAlignV2" if kind in ("ROIWarp", "ROIPoolV2") else kind,
             canonical_box_size=canonical_box_size,
             canonical_level=canonical_level,
         )
@@ -50,6 +51,10 @@ class RegionPooler(ROIPooler):
             self.level_poolers = nn.ModuleList(
                 RowROIAlign(self.output_size, scale, sampling_ratio, aligned=kind == "ROIAlignV2")
                 for scale in scales
+            )
+        if kind == "ROIPoolV2":
+            self.level_poolers = nn.ModuleList(
+                ROIPoolV2(self.output_size, scale) for scale in scales
             )
         if kind == "ROIWarp":
             self.level_poolers = nn.ModuleList(
@@ -89,13 +94,14 @@ def build_pooler(
 
     Args:
         kind: ROIAlign (corners at pixel centres, the first version), ROIAlignV2 (half a pixel
-            shifted), ROIPool (max over whole pixels) or ROIWarp (differentiable in the box).
+            shifted), ROIPool (max over whole pixels), ROIPoolV2 (the same with bins that share no
+            pixel) or ROIWarp (differentiable in the box).
         output_size: side, or (height, width), of the pooled features. With several scales height
             and width must be equal.
         scales: feature pixels per image pixel of each level, powers of two, each half the one
             before.
         sampling_ratio: samples along each side of a bin: averaged by ROIAlign (0 = as many as the
-            bin has feature pixels), maximised by ROIWarp (0 = 2); ROIPool ignores it.
+            bin has feature pixels), maximised by ROIWarp (0 = 2); both ROIPools ignore it.
         canonical_box_size: side in image pixels of the box that goes to ``canonical_level``.
         canonical_level: see there; the level of stride 16 is 4.
         quantize: ROIWarp only: round boxes to whole feature pixels.
