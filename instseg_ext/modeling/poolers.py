@@ -20,7 +20,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class RegionPooler(ROIPooler):
-    """detectron2's ``ROIPooler`` (one level per box, Eq. 1 of arXiv:1612.03144) with ROIWarp, ROIPoolV2.
+    """detectron2's ``ROIPooler`` (one level per box, Eq. 1 of arXiv:1612.03144) with more kinds.
 
     Operators without half-precision kernels (all of them on the CPU) run in float32, also under
     autocast; the result has the dtype of the features.
