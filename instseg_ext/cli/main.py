@@ -18,10 +18,12 @@ _COMMANDS = (
     "instseg_ext.cli.train",
     "instseg_ext.cli.train_alternating",
     "instseg_ext.cli.predict",
+    "instseg_ext.cli.propose",
     "instseg_ext.cli.check_dataset",
     "instseg_ext.cli.check_model",
     "instseg_ext.cli.visualize",
     "instseg_ext.cli.benchmark",
+    "instseg_ext.cli.evaluate_patches",
     "instseg_ext.cli.convert",
     "instseg_ext.cli.models",
 )

@@ -14,6 +14,7 @@ from instseg_ext.data.mapper import (
     annotation_boxes,
     build_mapper,
 )
+from instseg_ext.data.proposal_exchange import write_coco_results, write_detectron2_pickle
 from instseg_ext.data.proposal_mapper import (
     ProposalMapper,
     assign_proposals,
@@ -72,5 +73,7 @@ __all__ = [
     "require_source",
     "training_dicts",
     "transform_proposals",
+    "write_coco_results",
+    "write_detectron2_pickle",
     "write_proposals",
 ]

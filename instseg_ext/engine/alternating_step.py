@@ -19,14 +19,13 @@ from instseg_ext import data
 from instseg_ext.checkpoint import InstSegCheckpointer
 from instseg_ext.engine.alternating_plan import FINAL, Step, unfinished_files
 from instseg_ext.engine.distributed import unwrap
+from instseg_ext.engine.proposing import Found, write_found
 from instseg_ext.engine.trainer import Trainer
 from instseg_ext.evaluation import inference_mode, show_progress
 from instseg_ext.method import Method
 
 __all__ = ["NoHeads", "ProposalSummary", "StepTrainer", "propose"]
 
-# Image id, boxes (N, 4) in pixels of the image file, logits (N,).
-_Found = tuple[str, Tensor, Tensor]
 # Overlap from which an object counts as covered by a proposal.
 _COVERED_IOU = 0.5
 
@@ -162,11 +161,11 @@ def propose(
         loader = data.build_inference_loader(cfg, dicts, mapper) if dicts else []
         annotations = {str(d["image_id"]): d["annotations"] for d in dicts}
         with inference_mode(model):
-            _write(file, _counted(_proposals(model, loader, name), annotations, counts))
+            write_found(file, _counted(_proposals(model, loader, name), annotations, counts))
     return ProposalSummary(*torch.stack(comm.all_gather(counts)).sum(0).tolist())
 
 
-def _proposals(model: nn.Module, loader: Any, name: str) -> Iterator[_Found]:
+def _proposals(model: nn.Module, loader: Any, name: str) -> Iterator[Found]:
     """Yield what is found in each image of a data set."""
     with show_progress(len(loader), "Proposed regions for", name) as advance:
         for batch in loader:
@@ -180,8 +179,8 @@ def _proposals(model: nn.Module, loader: Any, name: str) -> Iterator[_Found]:
 
 
 def _counted(
-    found: Iterator[_Found], annotations: Mapping[str, list[dict]], counts: Tensor
-) -> Iterator[_Found]:
+    found: Iterator[Found], annotations: Mapping[str, list[dict]], counts: Tensor
+) -> Iterator[Found]:
     """Pass on what is found in each image, and add to the four numbers of ``ProposalSummary``."""
     for image_id, boxes, logits in found:
         counts += torch.tensor([1, len(boxes), *_coverage(boxes, annotations[image_id])])
@@ -196,23 +195,3 @@ def _coverage(boxes: Tensor, annotations: list[dict]) -> tuple[int, int]:
     truth = torch.from_numpy(data.annotation_boxes(objects)).float()
     overlap = pairwise_iou(Boxes(truth), Boxes(boxes)).amax(dim=1)
     return len(objects), int((overlap >= _COVERED_IOU).sum())
-
-
-def _write(file: Path, found: Iterator[_Found]) -> None:
-    """Write what all processes find into one file.
-
-    Between processes it passes through files because it may be gigabytes, too much for a message.
-    """
-    if comm.get_world_size() == 1:
-        data.write_proposals(file, found)
-        return
-    parts = [file.with_name(f".{file.name}.{rank}") for rank in range(comm.get_world_size())]
-    data.write_proposals(parts[comm.get_rank()], found)
-    comm.synchronize()
-    if comm.is_main_process():
-        opened = [data.ProposalFile(part) for part in parts]
-        everything = ((i, *part[i]) for part in opened for i in part.ids)
-        data.write_proposals(file, everything)
-        for part in parts:
-            part.unlink()
-    comm.synchronize()
