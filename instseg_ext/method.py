@@ -118,6 +118,8 @@ class Method:
         export_wrapper: what export traces; ``None`` means the method has no export.
         figures: extra figures of ``instseg visualize`` by name, see ``Figure``.
         checks: from a config to the checks of ``instseg check-model`` by name, see ``Check``.
+        evaluate_patches: ``(cfg, model, data set, its name, batch=...) -> figures``, what
+            ``instseg evaluate-patches`` reports; ``None`` for methods that are trained on images.
     """
 
     name: str
@@ -136,3 +138,4 @@ class Method:
     export_wrapper: Callable | None = None
     figures: Mapping[str, Figure] = field(default_factory=dict)
     checks: Callable[[Any], Mapping[str, Check]] = lambda cfg: {}
+    evaluate_patches: Callable[..., dict[str, Any]] | None = None

@@ -5,6 +5,7 @@ from instseg_ext.methods.deepmask import sharpmask as _sharp  # noqa: F401  regi
 from instseg_ext.methods.deepmask import trunk as _trunk  # noqa: F401  registers the trunks
 from instseg_ext.methods.deepmask.config import add_deepmask_config
 from instseg_ext.methods.deepmask.mapper import build_patch_source
+from instseg_ext.methods.deepmask.patch_metric import evaluate_patches
 
 __all__ = ["METHOD"]
 
@@ -14,4 +15,5 @@ METHOD = Method(
     meta_architectures=("DeepMask", "SharpMask"),
     build_source=build_patch_source,
     evaluator_hints=lambda cfg: {"proposals": True},
+    evaluate_patches=evaluate_patches,
 )

@@ -23,7 +23,15 @@ from instseg_ext.methods.deepmask.legacy import LegacyWindowSampler
 from instseg_ext.methods.deepmask.patches import crop_image, crop_segmentation
 from instseg_ext.methods.deepmask.sampling import Geometry, Patch, WindowSampler
 
-__all__ = ["HeadPlan", "ImageCache", "PatchSource", "build_patch_source", "geometry_from_config"]
+__all__ = [
+    "HeadPlan",
+    "ImageCache",
+    "PatchCutter",
+    "PatchSource",
+    "build_patch_source",
+    "geometry_from_config",
+    "index_from_config",
+]
 
 # Keeps the choice of a step's head apart from all other random numbers of a seed.
 _HEADS = 4
@@ -107,14 +115,14 @@ class ImageCache:
         return image
 
 
-class PatchSource:
-    """Makes the training sample of each position of the stream."""
+class PatchCutter:
+    """Cuts patches and their masks out of the images of a data set."""
 
     def __init__(
         self,
         dicts: Sequence[dict],
-        windows: WindowSampler,
-        plan: HeadPlan,
+        index: PatchIndex,
+        geometry: Geometry,
         cache: ImageCache,
         *,
         photometric: Sequence[T.Augmentation] = (),
@@ -123,46 +131,27 @@ class PatchSource:
         """Keep the parts.
 
         Args:
-            dicts: the training set in detectron2's format.
-            windows: draws where patches are cut.
-            plan: says which positions train which head.
+            dicts: the data set in detectron2's format.
+            index: of it.
+            geometry: sizes.
             cache: reads the images.
             photometric: augmentations of the whole image, before the patch is cut: what lies
                 outside the image keeps its value.
             geometric: flips and quarter turns of the patch.
         """
-        self.dicts, self.windows, self.plan, self.cache = dicts, windows, plan, cache
+        self.dicts, self.index, self.geometry, self.cache = dicts, index, geometry, cache
         self.photometric = T.AugmentationList(list(photometric))
         self.geometric = T.AugmentationList(list(geometric))
 
-    def __call__(self, position: int, generator: np.random.Generator) -> dict[str, Any] | None:
-        """Make a sample.
-
-        Args:
-            position: in the training stream.
-            generator: source of random numbers; augmentations use NumPy's global state.
-
-        Returns:
-            ``image`` (C, P, P) float32 from 0 to 255, ``is_mask``, and either ``target``
-            (gt_size, gt_size) bool or ``label`` 1.0 or -1.0; ``instances`` of the patch, for
-            pictures; ``file_name``, ``image_id``, ``height`` and ``width`` of the file. None if
-            another sample is to be drawn.
-        """
-        if self.plan.is_mask(position):
-            patch = self.windows.mask_patch(generator)
-        else:
-            patch = self.windows.score_patch(generator)
-        return None if patch is None else self.sample(patch)
-
-    def sample(self, patch: Patch) -> dict[str, Any]:
-        """Cut a patch and its mask out; see ``__call__``."""
+    def __call__(self, patch: Patch) -> dict[str, Any]:
+        """Make a sample, see :class:`PatchSource`; augmentations use NumPy's global state."""
         record = self.dicts[patch.image]
         image = self.cache.read(record)
         if self.photometric.augs:
             augmented = T.AugInput(image.copy())
             self.photometric(augmented)
             image = augmented.image
-        size = self.windows.geometry.patch
+        size = self.geometry.patch
         cut = T.AugInput(crop_image(image, patch.window, size).numpy().transpose(1, 2, 0))
         transforms = self.geometric(cut)
         sample = {
@@ -177,15 +166,47 @@ class PatchSource:
             return {**sample, "label": patch.label, "instances": _instances(None, size, size)}
         target = transforms.apply_segmentation(self._target(record, patch, image.shape[:2]))
         target = torch.from_numpy(np.ascontiguousarray(target)).bool()
-        inner = self.windows.geometry.window
-        return {**sample, "target": target, "instances": _instances(target, inner, size)}
+        instances = _instances(target, self.geometry.window, size)
+        return {**sample, "target": target, "instances": instances}
 
     def _target(self, record: dict, patch: Patch, image_hw: tuple[int, int]) -> np.ndarray:
         """Return the (gt_size, gt_size) uint8 mask of a patch's object."""
-        row = patch.annotation - self.windows.index.starts[patch.image]
-        segmentation = record["annotations"][row]["segmentation"]
-        size = self.windows.geometry.gt_size
+        row = patch.annotation - self.index.starts[patch.image]
+        segmentation, size = record["annotations"][row]["segmentation"], self.geometry.gt_size
         return crop_segmentation(segmentation, patch.target, size, image_hw).numpy().view(np.uint8)
+
+
+class PatchSource:
+    """Makes the training sample of each position of the stream."""
+
+    def __init__(self, windows: WindowSampler, plan: HeadPlan, cutter: PatchCutter):
+        """Keep the parts.
+
+        Args:
+            windows: draws where patches are cut.
+            plan: says which positions train which head.
+            cutter: makes the samples.
+        """
+        self.windows, self.plan, self.cutter = windows, plan, cutter
+
+    def __call__(self, position: int, generator: np.random.Generator) -> dict[str, Any] | None:
+        """Make a sample.
+
+        Args:
+            position: in the training stream.
+            generator: source of random numbers.
+
+        Returns:
+            ``image`` (C, P, P) float32 from 0 to 255, ``is_mask``, and either ``target``
+            (gt_size, gt_size) bool or ``label`` 1.0 or -1.0; ``instances`` of the patch, for
+            pictures; ``file_name``, ``image_id``, ``height`` and ``width`` of the file. None if
+            another sample is to be drawn.
+        """
+        if self.plan.is_mask(position):
+            patch = self.windows.mask_patch(generator)
+        else:
+            patch = self.windows.score_patch(generator)
+        return None if patch is None else self.cutter(patch)
 
 
 def _instances(target: Tensor | None, window: int, size: int) -> Instances:
@@ -223,6 +244,30 @@ def geometry_from_config(cfg: CfgNode) -> Geometry:
     )
 
 
+def index_from_config(cfg: CfgNode, dicts: Sequence[dict], name: str) -> PatchIndex:
+    """Read the annotations of a data set.
+
+    Args:
+        cfg: reads ``MODEL.DEEPMASK``.
+        dicts: the data set in detectron2's format.
+        name: of it, for the message.
+
+    Raises:
+        ValueError: if no object is large enough.
+    """
+    node = cfg.MODEL.DEEPMASK
+    index = PatchIndex(
+        dicts, canonical=canonical_size(cfg), min_area=node.MIN_AREA, min_side=node.MIN_SIDE
+    )
+    if not index.usable.any():
+        raise ValueError(
+            f"Data set {name}: none of {len(index.usable)} objects is large enough for a patch; "
+            f"lower MODEL.DEEPMASK.MIN_AREA ({node.MIN_AREA:g}) or MODEL.DEEPMASK.MIN_SIDE "
+            f"({node.MIN_SIDE:g})."
+        )
+    return index
+
+
 def build_patch_source(cfg: CfgNode, dicts: list[dict], seed: int) -> PatchSource:
     """Build what the method's record names.
 
@@ -237,15 +282,7 @@ def build_patch_source(cfg: CfgNode, dicts: list[dict], seed: int) -> PatchSourc
             have, or no object is large enough.
     """
     geometry, node = geometry_from_config(cfg), cfg.MODEL.DEEPMASK
-    index = PatchIndex(
-        dicts, canonical=geometry.canonical, min_area=node.MIN_AREA, min_side=node.MIN_SIDE
-    )
-    if not index.usable.any():
-        raise ValueError(
-            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)}: none of {len(index.usable)} objects is "
-            f"large enough for a patch; lower MODEL.DEEPMASK.MIN_AREA ({node.MIN_AREA:g}) or "
-            f"MODEL.DEEPMASK.MIN_SIDE ({node.MIN_SIDE:g})."
-        )
+    index = index_from_config(cfg, dicts, str(list(cfg.DATASETS.TRAIN)))
     sizes_hw = np.array([(record["height"], record["width"]) for record in dicts])
     sampler = LegacyWindowSampler if node.LEGACY_SAMPLER else WindowSampler
     plan = HeadPlan(
@@ -256,15 +293,16 @@ def build_patch_source(cfg: CfgNode, dicts: list[dict], seed: int) -> PatchSourc
         seed=seed,
     )
     photometric, geometric = _augmentations(cfg)
-    return PatchSource(
+    cutter = PatchCutter(
         # Serialised: loading processes then share the memory.
         DatasetFromList(dicts, copy=False),
-        sampler(index, sizes_hw, geometry),
-        plan,
+        index,
+        geometry,
         ImageCache(cfg.INPUT.FORMAT, int(node.IMAGE_CACHE_MB * 2**20)),
         photometric=photometric,
         geometric=geometric,
     )
+    return PatchSource(sampler(index, sizes_hw, geometry), plan, cutter)
 
 
 def _augmentations(cfg: CfgNode) -> tuple[list[T.Augmentation], list[T.Augmentation]]:
