@@ -26,6 +26,7 @@ from instseg_ext.methods import (  # noqa: E402
     fcis,
     mask_rcnn,
     mnc,
+    multipathnet,
     panet,
     pointrend,
     polarmask,
@@ -53,6 +54,7 @@ METHODS: tuple[Method, ...] = (
     mnc.METHOD,
     fcis.METHOD,
     deepmask.METHOD,
+    multipathnet.METHOD,
     mask_rcnn.METHOD,
 )
 
