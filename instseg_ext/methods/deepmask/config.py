@@ -189,11 +189,12 @@ def check_deepmask_config(cfg: CN) -> None:
 
 
 def check_sharpmask_config(cfg: CN) -> None:
-    """Make sure that the keys of a SharpMask go together; ``check_deepmask_config`` is another.
+    """Make sure that a SharpMask's keys are allowed, those of ``MODEL.DEEPMASK`` among them.
 
     Raises:
-        ValueError: naming the first key that does not.
+        ValueError: naming the first key whose value is not.
     """
+    check_deepmask_config(cfg)
     node, deepmask = cfg.MODEL.SHARPMASK, cfg.MODEL.DEEPMASK
     if node.DIM < 16 or node.DIM % 16:
         raise ValueError(
