@@ -2,8 +2,9 @@
 
 ``.pth .pt .pyth .bin`` through torch's weights-only unpickler (plain numpy arrays are allowed),
 ``.safetensors``, ``.pkl`` (detectron2's model zoo) through an unpickler that knows numpy arrays and
-builtin containers and nothing else, and ``.caffemodel`` through protobuf. HDF5 of Caffe and the
-``.params`` of MXNet are known by their first bytes, whatever the file is called.
+builtin containers and nothing else, ``.caffemodel`` through protobuf, and ``.t7`` of Lua Torch by a
+reader that passes over its functions. HDF5 of Caffe and the ``.params`` of MXNet are known by their
+first bytes, whatever the file is called.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from detectron2.utils.file_io import PathManager
 from instseg_ext.checkpoint.caffe_files import HDF5_MAGIC, read_caffe_hdf5, read_caffemodel
 from instseg_ext.checkpoint.mxnet_files import MXNET_MAGIC, read_mxnet
 from instseg_ext.checkpoint.pickles import load_restricted, torch_safe_globals
+from instseg_ext.checkpoint.torch7_files import CLASS, read_torch7, torch7_weights
 
 __all__ = ["fetch_weights", "read_metadata", "read_weights"]
 
@@ -105,12 +107,14 @@ def read_weights(path: str, unsafe: bool = False) -> dict[str, Any]:
         return {"model": read_caffemodel(file)}
     if file.suffix == ".pkl":
         return _unwrap_pickle(_read_pickle(file, unsafe), file)
+    if file.suffix == ".t7":
+        return _unwrap_torch7(read_torch7(file), file)
     if file.suffix == ".safetensors":
         return {"model": _read_safetensors(file)}
     if file.suffix not in _TORCH_SUFFIXES:
         raise ValueError(
             f"{path} has an unknown suffix: weights are {', '.join(_TORCH_SUFFIXES)}, "
-            ".safetensors, .pkl, .caffemodel, .h5 or .params."
+            ".safetensors, .pkl, .caffemodel, .h5, .params or .t7."
         )
     return _unwrap_torch(_read_torch(file, unsafe), file)
 
@@ -229,6 +233,19 @@ def _unwrap_torch(content: Any, file: Path) -> dict[str, Any]:
             "matching_heuristics": True,
         }
     return {"model": _checked(content, file)}
+
+
+def _unwrap_torch7(content: Any, file: Path) -> dict[str, Any]:
+    """Name the tensors of a Torch file; of a table with a model, those of the model."""
+    rest: dict[str, Any] = {}
+    is_table = isinstance(content, dict) and CLASS not in content
+    if is_table and isinstance(content.get("model"), dict):
+        rest = {str(key): value for key, value in content.items() if key != "model"}
+        content = content["model"]
+    weights = torch7_weights(content)
+    if not weights:
+        raise ValueError(f"{file} holds no weights: there is no tensor of floats in it.")
+    return {**rest, "model": weights}
 
 
 def _checked(weights: dict[str, Any], file: Path) -> dict[str, Any]:
