@@ -5,7 +5,7 @@ Shapes: N masks, H x W image pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instseg_ext.structures.rle import encode_masks
+from instseg_ext.structures.rle import encode_masks, tight_box
 
 __all__ = [
     "RLEList",
@@ -25,6 +25,7 @@ __all__ = [
     "masks_per_chunk",
     "mass_centers",
     "tight_boxes",
+    "tight_boxes_within",
 ]
 
 
@@ -175,6 +176,29 @@ def tight_boxes(masks: Tensor) -> Tensor:
     x0, x1 = _first_and_end(cols)
     boxes = torch.stack([x0, y0, x1, y1], dim=1).to(torch.float32)
     return boxes * rows.any(dim=1, keepdim=True)
+
+
+def tight_boxes_within(masks: Tensor, windows: Sequence[tuple[int, int, int, int]]) -> Tensor:
+    """Return the tightest box around each mask, which is empty outside of a window.
+
+    The CPU reads the windows alone. Other devices read all pixels of all masks in one step: many
+    small steps would take longer.
+
+    Args:
+        masks: (N, H, W) bool.
+        windows: N times (x1, y1, x2, y2), whole pixels, in the image.
+
+    Returns:
+        As ``tight_boxes``.
+    """
+    if masks.device.type != "cpu":
+        return tight_boxes(masks)
+    boxes = np.zeros((len(masks), 4), dtype=np.float32)
+    for box, mask, (x1, y1, x2, y2) in zip(boxes, masks.numpy(), windows, strict=True):
+        found = tight_box(mask[y1:y2, x1:x2])
+        if found is not None:
+            box[:] = found[0] + x1, found[1] + y1, found[2] + x1, found[3] + y1
+    return torch.from_numpy(boxes)
 
 
 def encode_rle(masks: Tensor) -> RLEList:

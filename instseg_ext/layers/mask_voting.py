@@ -20,7 +20,15 @@ from torchvision.ops import box_iou
 
 from instseg_ext.layers.box_nms import class_nms
 from instseg_ext.layers.mask_average import AverageOptions, MaskAverages
-from instseg_ext.layers.mask_ops import RLEList, above, chunk_slices, masks_per_chunk, tight_boxes
+from instseg_ext.layers.mask_ops import (
+    RLEList,
+    above,
+    chunk_slices,
+    empty_boxes,
+    masks_per_chunk,
+    tight_boxes,
+    tight_boxes_within,
+)
 from instseg_ext.layers.mask_render import hat_weights, render_masks
 from instseg_ext.structures.rle import encode_crops
 
@@ -251,43 +259,93 @@ def _make_masks(
     budget_mb: float,
     output: str,
 ) -> tuple[Tensor, Tensor | RLEList]:
-    """Return the (D, 4) tight boxes of all averages, and their masks; see ``vote_masks``."""
+    """Return the (D, 4) tight boxes of all averages, and their masks; see ``vote_masks``.
+
+    What is read back from another device is read once per chunk of detections.
+    """
     options = AverageOptions(
         corner_aligned=rule.corner_aligned,
         voter_threshold=rule.strict_threshold if rule.binarize else None,
         mask_threshold=None if rule.reencode else rule.strict_threshold,
     )
     averages = MaskAverages(boxes, masks, weights, image_size, options, budget_mb / 2)
-    num, whole = len(weights), {"dtype": torch.bool, "device": boxes.device}
-    stack = torch.zeros((num if output == "bool" else 0, *image_size), **whole)
-    if rule.reencode or output == "rle":
+    num, as_rle = len(weights), output == "rle"
+    whole = {"dtype": torch.bool, "device": boxes.device}
+    stack = torch.zeros((0 if as_rle else num, *image_size), **whole)
+    if rule.reencode or as_rle:
         whole["dtype"] = torch.float32 if rule.reencode else torch.bool
         pixel_bytes = 4 if rule.reencode else 1
         per_chunk = masks_per_chunk(pixel_bytes * image_size[0] * image_size[1], budget_mb / 2)
         buffer = torch.zeros((min(num, per_chunk), *image_size), **whole)
     else:
         per_chunk, buffer = max(num, 1), stack
-    tight, rles = [torch.zeros((0, 4), device=boxes.device)], RLEList()
+    tight, rles = [empty_boxes(boxes.device)], RLEList()
     for index in chunk_slices(num, per_chunk):
-        planes = buffer[: index.stop - index.start]
+        planes, windows = buffer[: index.stop - index.start], averages.windows[index]
         averages.fill(index, planes if index.start == 0 else planes.zero_())
-        for row, plane in zip(range(index.start, index.stop), planes, strict=True):
-            x1, y1, x2, y2 = averages.windows[row]
-            crop = plane[None, y1:y2, x1:x2]
-            if rule.reencode:
-                crop, box = _reencode(crop, (x1, y1), image_size, masks.shape[-1], rule)
-            else:
-                box = tight_boxes(crop)
-            tight.append(box)
-            if output == "rle":
-                rles += encode_crops(crop.cpu().numpy(), (x1, y1), image_size)
-            elif rule.reencode:
-                stack[row, y1:y2, x1:x2] = crop[0]
-    offsets = torch.tensor(averages.windows, device=boxes.device).reshape(-1, 4)[:, [0, 1, 0, 1]]
-    return torch.cat(tight) + offsets, rles if output == "rle" else stack
+        crops = _crops(planes, windows)
+        if rule.reencode:
+            crops, found = _reencode(crops, windows, image_size, masks.shape[-1], rule)
+        else:
+            found = tight_boxes_within(planes, windows)
+        tight.append(found)
+        if as_rle:
+            for crop, window in zip(_on_host(crops), windows, strict=True):
+                rles += encode_crops(crop[None], window[:2], image_size)
+        elif rule.reencode:
+            for place, crop in zip(_crops(stack[index], windows), crops, strict=True):
+                place.copy_(crop)
+    return torch.cat(tight), rles if as_rle else stack
+
+
+def _crops(planes: Tensor, windows: Sequence[tuple[int, int, int, int]]) -> list[Tensor]:
+    """Return the window (x1, y1, x2, y2) of each plane, (h, w)."""
+    return [plane[y1:y2, x1:x2] for plane, (x1, y1, x2, y2) in zip(planes, windows, strict=True)]
+
+
+def _on_host(crops: Sequence[Tensor]) -> list[np.ndarray]:
+    """Bring (h, w) tensors, at least one, to the CPU in a single copy."""
+    if crops[0].device.type == "cpu":
+        return [crop.numpy() for crop in crops]
+    joined = torch.cat([crop.flatten() for crop in crops]).cpu()
+    parts = joined.split([crop.numel() for crop in crops])
+    return [part.view(crop.shape).numpy() for part, crop in zip(parts, crops, strict=True)]
 
 
 def _reencode(
+    averages: Sequence[Tensor],
+    windows: Sequence[tuple[int, int, int, int]],
+    image_size: tuple[int, int],
+    size: int,
+    rule: VotingRule,
+) -> tuple[list[Tensor], Tensor]:
+    """Bring averages to m x m cells and draw these, each by itself; see ``_draw_cells``.
+
+    On other devices that is some small steps for each, but none that waits for a result.
+
+    Args:
+        averages: n times (h, w) float32.
+        windows: n times (x1, y1, x2, y2), the pixels of the image where they are.
+        image_size: (H, W).
+        size: m.
+        rule: of the averages.
+
+    Returns:
+        n bool masks and the (n, 4) boxes, in pixels of the image, in which they were drawn.
+    """
+    drawn, boxes = zip(
+        *(
+            _draw_cells(average[None], window[:2], image_size, size, rule)
+            for average, window in zip(averages, windows, strict=True)
+        ),
+        strict=True,
+    )
+    tight = torch.cat(boxes)
+    corners = torch.tensor([2 * window[:2] for window in windows]).to(tight)
+    return [mask[0] for mask in drawn], tight + corners
+
+
+def _draw_cells(
     average: Tensor,
     corner: tuple[int, int],
     image_size: tuple[int, int],

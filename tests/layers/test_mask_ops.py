@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from instseg_ext.layers.mask_ops import above, count_pixels, mass_centers
+from instseg_ext.layers.mask_ops import (
+    above,
+    count_pixels,
+    mass_centers,
+    tight_boxes,
+    tight_boxes_within,
+)
 
 
 @pytest.mark.parametrize("size", [(200, 336), (3, 3), (8, 8), (2, 4), (1, 2040), (1, 2048), (0, 8)])
@@ -44,3 +50,15 @@ def test_above_is_the_strict_comparison(dtype, threshold):
     assert torch.equal(out[:, 2:7], values[:, 1:6] > threshold)
     assert out[:, :2].all()
     assert out[:, 7:].all()
+
+
+def test_boxes_within_windows_are_those_of_the_masks():
+    masks = torch.zeros(4, 9, 12, dtype=torch.bool)
+    masks[0, 2:5, 3:9] = True
+    masks[1, 8, 11] = masks[2, 0, 0] = True
+    windows = [(1, 2, 10, 9), (11, 8, 12, 9), (0, 0, 12, 9), (3, 3, 3, 3)]
+    found = tight_boxes_within(masks, windows)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, tight_boxes(masks))
+    assert found[3].tolist() == [0, 0, 0, 0]
+    assert tight_boxes_within(masks[:0], []).shape == (0, 4)

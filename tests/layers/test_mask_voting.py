@@ -1,11 +1,14 @@
 """Mask voting against a plain loop, and by hand."""
 
+import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from layers.far_device import DEVICE, FarDevice
 from layers.voting_loop import drawn, resampled, vote_by_loop
 
 from instseg_ext.layers import mask_average, mask_voting
@@ -107,6 +110,85 @@ def test_no_budget_changes_the_result_and_run_lengths_are_the_same_masks(reencod
         found = vote_masks(*inputs, SIZE, rule, budget_mb, output="rle")
         masks = torch.from_numpy(decode_masks(found.masks, SIZE))
         assert_same(replace(found, masks=masks), wanted)
+
+
+def vote_far_away(inputs, rule, **options):
+    """Vote on the device of ``FarDevice``; return the result as of the CPU, and the device."""
+    with FarDevice() as device:
+        far = [tensor.to(DEVICE) for tensor in inputs]
+        device.copies = 0
+        found = vote_masks(*far, SIZE, rule, **options)
+        parts = {name: getattr(found, name) for name in ("boxes", "scores", "classes", "masks")}
+        assert parts["boxes"].device == DEVICE
+    return replace(found, **{k: getattr(v, "near", v) for k, v in parts.items()}), device
+
+
+@pytest.fixture
+def no_autocast(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+
+
+@pytest.mark.parametrize("output", ["bool", "rle"])
+@pytest.mark.parametrize("reencode", [False, True])
+@pytest.mark.parametrize("name", ["mnc", "fcis"])
+def test_other_devices_give_the_same_and_are_waited_for_once(name, reencode, output, no_autocast):
+    inputs, reads = candidates(150, 5, 0), {}
+    for most in (5, 20):
+        rule = getattr(VotingRule, name)(reencode=reencode, max_detections=most)
+        found, device = vote_far_away(inputs, rule, output=output)
+        wanted = vote_masks(*inputs, SIZE, rule, output=output)
+        assert len(found.scores) == most
+        if output == "rle":
+            assert found.masks == wanted.masks
+            found, wanted = (replace(x, masks=torch.zeros(0)) for x in (found, wanted))
+        assert_same(found, wanted)
+        # One step has all tiles; corners of windows go the same way.
+        assert device.copies == 2 + reencode
+        reads[most] = device.reads
+    # The choice of detections, what the work is planned by, and run lengths.
+    assert reads[5] == reads[20]
+    assert len(reads[20]) == 9 + (output == "rle")
+
+
+def test_other_devices_are_told_once_per_chunk_and_row_of_tiles(no_autocast, monkeypatch):
+    monkeypatch.setattr(mask_average, "_SMALLEST_TILE", 24)
+    inputs, rule = candidates(150, 5, 0), VotingRule.fcis(max_detections=20)
+    wanted = vote_masks(*inputs, SIZE, rule, output="rle")
+    seen = []
+    # All masks at once, and half of the budget for six masks of 64 x 80 bytes.
+    for budget_mb, chunks in ((0.3, 1), (0.06, 4)):
+        found, device = vote_far_away(inputs, rule, budget_mb=budget_mb, output="rle")
+        assert found.masks == wanted.masks
+        assert device.copies == 4 * chunks
+        seen.append(len(device.reads))
+    assert seen == [10, 13]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("output", ["bool", "rle"])
+@pytest.mark.parametrize("name", ["mnc", "fcis"])
+def test_a_gpu_gives_the_same_and_is_waited_for_once(name, output):
+    inputs, waits = candidates(150, 5, 0), []
+    there = [tensor.cuda() for tensor in inputs]
+    for most in (5, 20):
+        rule = getattr(VotingRule, name)(max_detections=most)
+        wanted = vote_masks(*inputs, SIZE, rule)
+        vote_masks(*there, SIZE, rule, output=output)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = vote_masks(*there, SIZE, rule, output=output)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(warning.message) for warning in caught))
+        assert found.boxes.is_cuda
+        assert found.scores.tolist() == wanted.scores.tolist()
+        assert found.classes.tolist() == wanted.classes.tolist()
+        masks = found.masks if output == "bool" else torch.from_numpy(decode_masks(found.masks))
+        # Sums in another order: pixels at the threshold.
+        assert (masks.cpu() ^ wanted.masks).float().mean() < 1e-4
+    assert waits[0] == waits[1]
 
 
 def test_one_candidate_gives_its_box_and_score():
