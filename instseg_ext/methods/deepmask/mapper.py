@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -33,42 +35,45 @@ __all__ = [
     "index_from_config",
 ]
 
+logger = logging.getLogger(__name__)
+
 # Keeps the choice of a step's head apart from all other random numbers of a seed.
 _HEADS = 4
+# Counts closer than this to a whole number are one.
+_EXACT = 1e-6
 
 
 class HeadPlan:
     """Which positions of the training stream are patches for the score."""
 
-    def __init__(
-        self, score_share: float, batch: int, *, parts: int = 1, alternate: bool = False, seed: int
-    ):
+    def __init__(self, score_share: float, batch: int, *, alternate: bool = False, seed: int = 0):
         """Keep the numbers.
 
         Args:
             score_share: of the patches; with ``alternate`` the probability of a step.
             batch: patches of a step.
-            parts: equal slices of a batch that are worked on apart: processes times micro-batches.
             alternate: all patches of a step are for one head, which follows from the step's number.
             seed: of the run.
-
-        Raises:
-            ValueError: if slices would hold different numbers of score patches: what a step
-                computes would depend on the number of processes.
         """
-        self.score_share, self.batch, self.alternate, self.seed = (
-            score_share,
-            batch,
-            alternate,
-            seed,
-        )
-        per_part = score_share * batch / parts
-        if not alternate and abs(per_part - round(per_part)) > 1e-6:
-            raise ValueError(
-                f"MODEL.DEEPMASK.SCORE_FREQ {score_share} of SOLVER.IMS_PER_BATCH {batch} patches "
-                f"in {parts} processes times micro-batches makes {per_part:g} score patches each; "
-                "choose a batch that makes it a whole number."
-            )
+        self.score_share, self.batch = score_share, batch
+        self.alternate, self.seed = alternate, seed
+
+    def warn_of_uneven_parts(self, parts: int) -> None:
+        """Say so if slices of a batch that are worked on apart hold different numbers of each kind.
+
+        Each of them averages its losses, so that a step then depends on how it is cut.
+
+        Args:
+            parts: processes times micro-batches.
+        """
+        share = self.score_share * self.batch / parts
+        if not self.alternate and abs(share - round(share)) > _EXACT:
+            logger.warning(
+                "MODEL.DEEPMASK.SCORE_FREQ %g of SOLVER.IMS_PER_BATCH %d patches in %d processes "
+                "times micro-batches makes %g score patches each: a batch that makes it a whole "
+                "number weighs all patches alike.",
+                self.score_share, self.batch, parts, share,
+            )  # fmt: skip
 
     def is_mask(self, position: int) -> bool:
         """Tell whether a sample trains the mask head."""
@@ -77,8 +82,9 @@ class HeadPlan:
             draw = np.random.default_rng([self.seed, _HEADS, step]).random()
             return bool(draw >= self.score_share)
         # Spread evenly, so that every slice of a batch has its share.
-        place = position % self.batch
-        before, after = (int(self.score_share * n + 1e-6) for n in (place, place + 1))
+        before, after = (
+            math.floor(self.score_share * n + _EXACT) for n in (position, position + 1)
+        )
         return before == after
 
 
@@ -285,13 +291,9 @@ def build_patch_source(cfg: CfgNode, dicts: list[dict], seed: int) -> PatchSourc
     index = index_from_config(cfg, dicts, str(list(cfg.DATASETS.TRAIN)))
     sizes_hw = np.array([(record["height"], record["width"]) for record in dicts])
     sampler = LegacyWindowSampler if node.LEGACY_SAMPLER else WindowSampler
-    plan = HeadPlan(
-        node.SCORE_FREQ,
-        cfg.SOLVER.IMS_PER_BATCH,
-        parts=comm.get_world_size() * cfg.INSTSEG.ACCUMULATE,
-        alternate=node.ALTERNATE,
-        seed=seed,
-    )
+    plan = HeadPlan(node.SCORE_FREQ, cfg.SOLVER.IMS_PER_BATCH, alternate=node.ALTERNATE, seed=seed)
+    if comm.is_main_process():
+        plan.warn_of_uneven_parts(comm.get_world_size() * cfg.INSTSEG.ACCUMULATE)
     photometric, geometric = _augmentations(cfg)
     cutter = PatchCutter(
         # Serialised: loading processes then share the memory.
