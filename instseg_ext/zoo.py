@@ -25,6 +25,7 @@ from instseg_ext.methods import (  # noqa: E402
     deepmask,
     fcis,
     mask_rcnn,
+    metric_learning,
     mnc,
     multipathnet,
     panet,
@@ -55,6 +56,7 @@ METHODS: tuple[Method, ...] = (
     fcis.METHOD,
     deepmask.METHOD,
     multipathnet.METHOD,
+    metric_learning.METHOD,
     mask_rcnn.METHOD,
 )
 

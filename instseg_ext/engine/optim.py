@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import LRScheduler, build_lr_scheduler
+from detectron2.solver import (
+    LRMultiplier,
+    LRScheduler,
+    WarmupParamScheduler,
+    build_lr_scheduler,
+)
 from detectron2.solver.build import (
     get_default_optimizer_params,
     maybe_add_gradient_clipping,
     reduce_param_groups,
 )
 from detectron2.utils import comm
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 
 from instseg_ext.config import check_choice
@@ -45,6 +51,9 @@ _NORMS = (
     nn.InstanceNorm3d,
     nn.LayerNorm,
 )
+
+# Exponent of the rate of WarmupPolyLR, DeepLab's.
+_POLY_POWER = 0.9
 
 # Statistics of fewer images than this make batch normalisation unreliable.
 TINY_BATCH = 4
@@ -159,8 +168,9 @@ def _module_factors(model: nn.Module) -> dict[str, float]:
 
 
 def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Build detectron2's learning rate schedule.
+    """Build detectron2's learning rate schedule, or DeepLab's ``WarmupPolyLR``.
 
+    The latter falls with ``(1 - iteration / MAX_ITER) ** 0.9`` after the warm-up.
     ``SOLVER.STEPS`` at or after ``SOLVER.MAX_ITER`` are left out, so that any config can be run
     shorter (detectron2 leaves out later ones and fails on an equal one).
 
@@ -168,6 +178,8 @@ def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRSchedul
         cfg: full config; not changed.
         optimizer: gets the rate of the first iteration at once.
     """
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR":
+        return _poly_scheduler(cfg, optimizer)
     steps = cfg.SOLVER.STEPS
     kept = tuple(step for step in steps if step < cfg.SOLVER.MAX_ITER)
     if len(kept) < len(steps):
@@ -176,6 +188,18 @@ def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRSchedul
         cfg.defrost()
         cfg.SOLVER.STEPS = kept
     return build_lr_scheduler(cfg, optimizer)
+
+
+def _poly_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    solver = cfg.SOLVER
+    multiplier = WarmupParamScheduler(
+        PolynomialDecayParamScheduler(1.0, _POLY_POWER),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+        solver.RESCALE_INTERVAL,
+    )
+    return LRMultiplier(optimizer, multiplier=multiplier, max_iter=solver.MAX_ITER)
 
 
 def micro_batch(cfg: CfgNode) -> int:
