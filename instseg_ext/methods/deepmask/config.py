@@ -95,8 +95,9 @@ def add_deepmask_config(cfg: CN) -> None:
     _C.MODEL.DEEPMASK.ALTERNATE = False
 
     # ---- network ----
-    # Mirror of an image and of feature maps at their borders: "symmetric" repeats the edge sample,
-    # as published, "reflect" does not, "zeros" is no mirror.
+    # What the trunk and the refinement see beyond borders: "symmetric", a mirror image that repeats
+    # the edge sample, as published; "reflect", one that does not in 3x3 convolutions, as in a
+    # third-party PyTorch version; "zeros".
     _C.MODEL.DEEPMASK.PAD_MODE = "symmetric"
     # "shared": both heads see one vector of CODE_DIM per window. "separate": each has its own
     # layers on the trunk, as in the first paper.

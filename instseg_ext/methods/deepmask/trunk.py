@@ -45,10 +45,10 @@ class MirrorStem(CNNBlockBase):
             in_channels: of the image.
             out_channels: of the feature.
             norm: as detectron2's ``get_norm`` names it.
-            pad_mode: see ``mirror_pad``.
+            pad_mode: see ``mirror_pad``; "reflect" holds for the 3x3 convolutions alone.
         """
         super().__init__(in_channels, out_channels, 2)
-        self.pad_mode = pad_mode
+        self.pad_mode = "symmetric" if pad_mode == "reflect" else pad_mode
         self.conv1 = Conv2d(
             in_channels,
             out_channels,
