@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
@@ -241,7 +242,7 @@ class _Reader:
         return storage.as_strided(size, stride, offset)
 
 
-class _Source:
+class _Source(ABC):
     """What binary and ascii files have in common."""
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -257,9 +258,9 @@ class _Source:
         self.check(count, 4, what)
         return count
 
+    @abstractmethod
     def numbers(self, form: str, count: int, what: str) -> tuple:
         """Return numbers: ``i`` 4-byte, ``q`` 8-byte integers, ``d`` floats of 8 bytes."""
-        raise NotImplementedError
 
     def check(self, count: int, smallest: int, what: str) -> None:
         """Raise if ``count`` things of at least ``smallest`` bytes cannot follow."""
@@ -270,9 +271,9 @@ class _Source:
                 f"and {left} are left"
             )
 
+    @abstractmethod
     def position(self) -> int:
         """Return how many bytes were read."""
-        raise NotImplementedError
 
 
 class _Binary(_Source):
