@@ -15,7 +15,6 @@ from detectron2.data import DatasetFromList
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
-from torch import Tensor
 
 from instseg_ext.data.augmentation import augmentation_kwargs, build_augmentations
 from instseg_ext.data.mapper import read_image
@@ -24,6 +23,7 @@ from instseg_ext.methods.deepmask.index import PatchIndex
 from instseg_ext.methods.deepmask.legacy import LegacyWindowSampler
 from instseg_ext.methods.deepmask.patches import crop_image, crop_segmentation
 from instseg_ext.methods.deepmask.sampling import Geometry, Patch, WindowSampler
+from instseg_ext.structures.rle import tight_box
 
 __all__ = [
     "HeadPlan",
@@ -169,11 +169,12 @@ class PatchCutter:
             "width": image.shape[1],
         }
         if patch.target is None:
-            return {**sample, "label": patch.label, "instances": _instances(None, size, size)}
+            masks = np.zeros((0, size, size), dtype=bool)
+            return {**sample, "label": patch.label, "instances": _instances(masks)}
         target = transforms.apply_segmentation(self._target(record, patch, image.shape[:2]))
-        target = torch.from_numpy(np.ascontiguousarray(target)).bool()
-        instances = _instances(target, self.geometry.window, size)
-        return {**sample, "target": target, "instances": instances}
+        target = np.ascontiguousarray(target).view(bool)
+        masks = _enlarged(target, self.geometry.window, size)
+        return {**sample, "target": torch.from_numpy(target), "instances": _instances(masks)}
 
     def _target(self, record: dict, patch: Patch, image_hw: tuple[int, int]) -> np.ndarray:
         """Return the (gt_size, gt_size) uint8 mask of a patch's object."""
@@ -215,18 +216,22 @@ class PatchSource:
         return None if patch is None else self.cutter(patch)
 
 
-def _instances(target: Tensor | None, window: int, size: int) -> Instances:
-    """Return a patch's object as a mask of the patch, or no object."""
-    instances = Instances((size, size))
-    masks = torch.zeros((0 if target is None else 1, size, size), dtype=torch.bool)
-    if target is not None:
-        rows = (torch.arange(window) * len(target)).div(window, rounding_mode="floor")
-        first = (size - window) // 2
-        last = first + window
-        masks[0, first:last, first:last] = target[rows][:, rows]
-    instances.gt_masks = BitMasks(masks)
-    instances.gt_boxes = Boxes(instances.gt_masks.get_bounding_boxes().tensor)
+def _enlarged(target: np.ndarray, window: int, size: int) -> np.ndarray:
+    """Return (1, P, P) bool: a (G, G) mask of the window in the middle of a patch."""
+    nearest = np.arange(window) * len(target) // window
+    first = (size - window) // 2
+    mask = np.zeros((1, size, size), dtype=bool)
+    mask[0, first : first + window, first : first + window] = target[nearest][:, nearest]
+    return mask
+
+
+def _instances(masks: np.ndarray) -> Instances:
+    """Return (M, P, P) masks as objects of a patch."""
+    instances = Instances(masks.shape[1:])
+    boxes = [tight_box(mask) or (0, 0, 0, 0) for mask in masks]
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
     instances.gt_classes = torch.zeros(len(masks), dtype=torch.int64)
+    instances.gt_masks = BitMasks(torch.from_numpy(masks))
     return instances
 
 
