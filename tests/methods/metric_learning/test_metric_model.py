@@ -9,6 +9,8 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from methods.metric_learning.metric_toys import planted
 
 import instseg_ext
+from instseg_ext.checkpoint import InstSegCheckpointer
+from instseg_ext.engine.optim import build_optimizer
 from instseg_ext.methods.metric_learning import arch as arch_module
 from instseg_ext.methods.metric_learning.head import DeepMetricOutputs
 from instseg_ext.methods.metric_learning.labels import cell_labels, draw_cells
@@ -198,8 +200,6 @@ def test_positions_are_pixels_of_the_image():
 
 
 def test_rates_of_the_backbone():
-    from instseg_ext.engine.optim import build_optimizer
-
     opts = [*TINY, NODE + "BACKBONE_LR_MULT", 0.1, "SOLVER.BASE_LR", 1.0]
     cfg = instseg_ext.get_config("MetricLearning/nuclei_metric_R_18", opts)
     model = build_model(cfg)
@@ -211,6 +211,26 @@ def test_rates_of_the_backbone():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates[parameter] == pytest.approx(0.1 if name.startswith("backbone.") else 1)
+
+
+def test_global_counts_are_means_over_processes(monkeypatch):
+    """As if all processes had three times the objects and cells of this one."""
+    monkeypatch.setattr(arch_module, "mean_over_processes", lambda counts: counts * 3)
+    local = losses_of(make(), OBJECTS)
+    across = losses_of(make("INSTSEG.LOSS_NORMALIZER", "global"), OBJECTS)
+    for name, value in local.items():
+        torch.testing.assert_close(across[name] * 3, value)
+
+
+def test_weights_of_a_plain_resnet_reach_the_backbone(tmp_path):
+    """Names as in detectron2's ImageNet files."""
+    model = make(*DILATED)
+    trunk = {k: torch.rand_like(v) for k, v in model.backbone.bottom_up.state_dict().items()}
+    file = tmp_path / "trunk.pth"
+    torch.save({"model": trunk, "matching_heuristics": True}, file)
+    InstSegCheckpointer(model).load(str(file))
+    loaded = model.backbone.bottom_up.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in trunk.items())
 
 
 @pytest.mark.parametrize(
