@@ -36,6 +36,12 @@ from instseg_ext.checkpoint.resnet_rules import (
     resnet_rules,
 )
 from instseg_ext.checkpoint.rpn_rules import anchors_by_size, foreground_minus_background
+from instseg_ext.checkpoint.torch7_rules import (
+    Torch7KeyMap,
+    torch7_layer,
+    torch7_norm,
+    torch7_way,
+)
 from instseg_ext.checkpoint.vgg_caffe_family import caffe_layer
 from instseg_ext.checkpoint.whole import check_whole, resnet_shapes
 
@@ -51,6 +57,7 @@ __all__ = [
     "Report",
     "ResNetFacts",
     "Shapes",
+    "Torch7KeyMap",
     "Variant",
     "anchors_by_size",
     "atomic_write",
@@ -78,5 +85,8 @@ __all__ = [
     "sha256_of",
     "shapes_of",
     "to_plain",
+    "torch7_layer",
+    "torch7_norm",
+    "torch7_way",
     "write_converted",
 ]

@@ -21,6 +21,8 @@ __all__ = ["FAMILIES", "add_parser", "run"]
 FAMILIES = (
     "auto",
     "adelaidet",
+    "deepmask-pytorch",
+    "deepmask-torch7",
     "detectron2",
     "fcis-mxnet",
     "mnc-caffe",

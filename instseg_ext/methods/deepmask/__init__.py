@@ -4,6 +4,7 @@ from instseg_ext.method import Method
 from instseg_ext.methods.deepmask import sharpmask as _sharp  # noqa: F401  registers both models
 from instseg_ext.methods.deepmask import trunk as _trunk  # noqa: F401  registers the trunks
 from instseg_ext.methods.deepmask.config import add_deepmask_config
+from instseg_ext.methods.deepmask.convert import FAMILIES
 from instseg_ext.methods.deepmask.mapper import build_patch_source
 from instseg_ext.methods.deepmask.patch_metric import evaluate_patches
 
@@ -15,5 +16,6 @@ METHOD = Method(
     meta_architectures=("DeepMask", "SharpMask"),
     build_source=build_patch_source,
     evaluator_hints=lambda cfg: {"proposals": True},
+    converters=FAMILIES,
     evaluate_patches=evaluate_patches,
 )
