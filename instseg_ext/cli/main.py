@@ -19,6 +19,7 @@ _COMMANDS = (
     "instseg_ext.cli.train_alternating",
     "instseg_ext.cli.predict",
     "instseg_ext.cli.propose",
+    "instseg_ext.cli.propose_regions",
     "instseg_ext.cli.check_dataset",
     "instseg_ext.cli.check_model",
     "instseg_ext.cli.visualize",

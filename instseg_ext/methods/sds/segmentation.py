@@ -7,17 +7,22 @@ code, with clearly lower recall.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 
 import cv2
 import numpy as np
 
-from instseg_ext.methods.sds.graph_segments import graph_segments, pixel_edges
+from instseg_ext.methods.sds.graph_segments import Edges, graph_segments, pixel_edges
 from instseg_ext.methods.sds.grouping import describe_segments, group_segments
 from instseg_ext.structures.region_proposals import RegionProposals
 from instseg_ext.structures.superpixels import connected_parts, require_scipy
 
-__all__ = ["propose_regions"]
+__all__ = ["SOURCES", "propose_regions", "regions_of_boxes"]
+
+# Where segments or boxes come from: this package, scikit-image, or OpenCV's contributed modules.
+SOURCES = ("builtin", "skimage", "opencv")
 
 # What two neighbours are compared by: appearance, both being small, filling their common box, and,
 # subtracted, the contrast of their border. The first two are selective search's; by contrast, round
@@ -61,7 +66,7 @@ class _Candidates:
 
 
 def propose_regions(
-    image_rgb: np.ndarray, max_regions: int = 2000, seed: int = 0
+    image_rgb: np.ndarray, max_regions: int = 2000, seed: int = 0, source: str = "builtin"
 ) -> RegionProposals:
     """Propose regions that may be objects.
 
@@ -69,35 +74,70 @@ def propose_regions(
         image_rgb: (H, W, 3) uint8.
         max_regions: most regions to return.
         seed: of the order in which they come, which is random in part, as in selective search.
+        source: "builtin" needs numpy and scipy only; "skimage" takes the segments that grow
+            together from scikit-image, in less time; "opencv" takes the boxes of OpenCV's
+            selective search and makes regions of the segments inside them, which are coarser.
 
     Returns:
         At most ``max_regions`` regions, best first, scores falling from 1; none where the image
         shows nothing, or has no pixels. The same for the same image and seed.
 
     Raises:
-        ValueError: if the image has another form.
-        ImportError: without scipy.
+        ValueError: if the image has another form, or there is no such source.
+        ImportError: naming the package that is missing.
     """
     if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8:
         raise ValueError(
             f"Regions are proposed for (H, W, 3) uint8 images, not for {image_rgb.dtype} of shape "
             f"{image_rgb.shape}."
         )
+    if source not in SOURCES:
+        raise ValueError(f"Regions come from one of {SOURCES}, not from {source!r}.")
     height, width = image_rgb.shape[:2]
     if height * width == 0:
         return RegionProposals.from_masks([], size_hw=(height, width))
     image = _shrunk(image_rgb)
+    if source == "opencv":
+        enlarge = np.tile([width / image.shape[1], height / image.shape[0]], 2)
+        boxes = _selective_search(image, seed) * enlarge
+        scores = 1 - np.arange(len(boxes)) / max(len(boxes), 1)
+        return regions_of_boxes(image_rgb, boxes, scores, max_regions)
     rng = np.random.default_rng(seed)
-    lab = cv2.cvtColor(image / np.float32(255), cv2.COLOR_RGB2LAB) * np.float32(2.55)
-    found = [_candidates(colours, rng) for colours in (lab, image.astype(np.float32))]
+    spaces = (_lab(image), image.astype(np.float32))
+    found = [_candidates(colours, rng, source) for colours in spaces]
     parts, first = connected_parts(*(one.labels for one in found))
     members = np.concatenate([one.leaves[:, one.labels.ravel()[first]].T for one in found], axis=1)
     order = np.concatenate([one.badness for one in found]).argsort(kind="stable")
     members = members[:, _first_of_equals(members, order)[:max_regions]]
-    rows = np.arange(height) * image.shape[0] // height
-    columns = np.arange(width) * image.shape[1] // width
     scores = 1 - np.arange(members.shape[1]) / max(members.shape[1], 1)
-    return RegionProposals.merged(parts[rows[:, None], columns], members, scores)
+    return RegionProposals.merged(_enlarged(parts, (height, width)), members, scores)
+
+
+def regions_of_boxes(
+    image_rgb: np.ndarray, boxes: np.ndarray, scores: np.ndarray, max_regions: int = 2000
+) -> RegionProposals:
+    """Make regions of boxes: the segments of the image that lie at least half inside.
+
+    Crude, but all there is to make of an RPN or of selective search. Boxes without such a segment
+    are left out, and so are those with the same segments as an earlier one.
+
+    Args:
+        image_rgb: (H, W, 3) uint8, not empty.
+        boxes: (M, 4) float XYXY in pixels.
+        scores: (M,) float.
+        max_regions: most regions to return, from the first.
+    """
+    image = _shrunk(image_rgb)
+    labels = _segments(_lab(image), "builtin")[0]
+    labels = _enlarged(labels, image_rgb.shape[:2])
+    num = int(labels.max()) + 1
+    sizes = np.bincount(labels.ravel(), minlength=num)
+    members = np.zeros((num, len(boxes)), dtype=bool)
+    for column, (x1, y1, x2, y2) in enumerate(boxes.round().clip(min=0).astype(int).tolist()):
+        inside = np.bincount(labels[y1:y2, x1:x2].ravel(), minlength=num)
+        members[:, column] = 2 * inside >= sizes
+    keep = _first_of_equals(members, np.flatnonzero(members.any(axis=0)))[:max_regions]
+    return RegionProposals.merged(labels, members[:, keep], scores[keep])
 
 
 def _shrunk(image: np.ndarray) -> np.ndarray:
@@ -110,15 +150,76 @@ def _shrunk(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def _candidates(colours: np.ndarray, rng: np.random.Generator) -> _Candidates:
-    """Segment an image (H, W, 3) float32 of one colour space and group the segments."""
+def _enlarged(labels: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Return labels of a shrunk image at the size of the image."""
+    rows, columns = (
+        np.arange(long) * short // long for long, short in zip(size_hw, labels.shape, strict=True)
+    )
+    return labels[rows[:, None], columns]
+
+
+def _lab(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) uint8 RGB in Lab, float32, lightness in 0..255."""
+    return cv2.cvtColor(image / np.float32(255), cv2.COLOR_RGB2LAB) * np.float32(2.55)
+
+
+def _segments(colours: np.ndarray, source: str) -> tuple[np.ndarray, Edges]:
+    """Segment an image (H, W, 3) float32: (H, W) int64 labels and the edges between pixels."""
     height, width = colours.shape[:2]
     pixels = height * width
-    gaussian = require_scipy("scipy.ndimage").gaussian_filter
-    edges = pixel_edges(gaussian(colours, (_SIGMA, _SIGMA, 0)))
     scale = _SCALE * (pixels / _USUAL_PIXELS) ** 0.5
-    min_size = np.clip(pixels * _MIN_SEGMENT, *_SEGMENT_PIXELS)
-    labels = graph_segments(edges, pixels, scale, min_size).reshape(height, width)
+    min_size = int(np.clip(pixels * _MIN_SEGMENT, *_SEGMENT_PIXELS))
+    smooth = require_scipy("scipy.ndimage").gaussian_filter(colours, (_SIGMA, _SIGMA, 0))
+    edges = pixel_edges(smooth)
+    if source == "builtin":
+        return graph_segments(edges, pixels, scale, min_size).reshape(height, width), edges
+    skimage = _extra("skimage.segmentation", "scikit-image")
+    # It takes k in units of 1/255, as its colours are.
+    labels = skimage.felzenszwalb(smooth / 255, scale=scale, sigma=0, min_size=min_size)
+    return connected_parts(labels)[0].astype(np.int64), edges
+
+
+def _selective_search(image: np.ndarray, seed: int) -> np.ndarray:
+    """Return the boxes (M, 4) XYXY of OpenCV's selective search in an image RGB, best first.
+
+    Their set is always the same, but OpenCV puts them into an order by C's ``rand``, which nobody
+    can seed from here. So they are ordered anew: large ones count as late in the search.
+    """
+    segmentation = getattr(getattr(cv2, "ximgproc", None), "segmentation", None)
+    if segmentation is None:
+        raise ImportError(
+            "Selective search needs OpenCV's contributed modules: install "
+            "opencv-contrib-python (or its -headless form) in place of opencv-python."
+        )
+    search = segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(image[..., ::-1]))
+    search.switchToSelectiveSearchFast()
+    found = np.asarray(search.process(), dtype=np.float64).reshape(-1, 4)
+    xywh = np.unique(found, axis=0)
+    xywh = xywh[(-xywh[:, 2:].prod(axis=1)).argsort(kind="stable")]
+    rank = np.arange(1, len(xywh) + 1) * np.random.default_rng(seed).random(len(xywh))
+    xywh = xywh[rank.argsort()]
+    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+
+
+def _extra(module: str, package: str) -> ModuleType:
+    """Import a module of a package that is not required.
+
+    Raises:
+        ImportError: naming the package.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"This source of regions needs the package {package}: pip install {package} ({error})."
+        ) from error
+
+
+def _candidates(colours: np.ndarray, rng: np.random.Generator, source: str) -> _Candidates:
+    """Segment an image (H, W, 3) float32 of one colour space and group the segments."""
+    labels, edges = _segments(colours, source)
+    pixels = labels.size
     segments = describe_segments(labels, colours, edges)
     leaves, badness = [], []
     for weights in _SIMILARITIES:

@@ -1,33 +1,18 @@
 """The built-in region proposals: their parts against plain loops, and what they find."""
 
+import sys
+
+import cv2
 import numpy as np
 import pytest
 import torch
+from methods.sds.sds_pictures import SIZE, shapes_image
 from scipy import ndimage, sparse
 
 from instseg_ext.methods.sds import propose_regions, segmentation
 from instseg_ext.methods.sds.graph_segments import graph_segments, pixel_edges
 from instseg_ext.methods.sds.grouping import describe_segments, group_segments
-
-SIZE = (80, 104)
-
-
-def shapes_image(seed=0):
-    """Three flat shapes on a flat ground, with noise of 8 grey levels: picture and masks."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
-    masks = np.stack(
-        [
-            (y - 24) ** 2 + (x - 28) ** 2 < 15**2,
-            (np.abs(y - 55) < 14) & (np.abs(x - 76) < 20),
-            (y > 48) & (y < 74) & (np.abs(x - 26) < (y - 46) * 0.6),
-        ]
-    )
-    image = np.full((*SIZE, 3), (90, 100, 110), dtype=np.float64)
-    for mask, colour in zip(masks, ((200, 60, 60), (60, 170, 80), (40, 60, 190)), strict=True):
-        image[mask] = colour
-    image += rng.normal(0, 8, image.shape)
-    return image.clip(0, 255).astype(np.uint8), masks
+from instseg_ext.methods.sds.segmentation import regions_of_boxes
 
 
 def segments_by_loop(features, scale, min_size):
@@ -197,3 +182,46 @@ def test_large_images_are_segmented_smaller(monkeypatch):
 def test_other_images_are_refused(image):
     with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8 images, not for"):
         propose_regions(image)
+
+
+def test_boxes_become_regions():
+    """The segments that lie at least half inside; boxes that come to the same count once."""
+    image, masks = shapes_image()
+    boxes = [[0.0, 0, 1, 1], [57, 42, 96, 69], [56.6, 41.7, 96.4, 69.2], [-5, -9, 200, 200]]
+    found = regions_of_boxes(image, np.array(boxes), np.array([0.9, 0.8, 0.7, 0.6]))
+    assert found.scores.tolist() == pytest.approx([0.8, 0.6])
+    assert found.iou(masks)[0, 1] > 0.9  # a rectangle
+    assert found.areas()[1] == masks[0].size
+    assert len(regions_of_boxes(image, np.array(boxes), np.ones(4), max_regions=1)) == 1
+    assert len(regions_of_boxes(image, np.zeros((0, 4)), np.ones(0))) == 0
+
+
+def test_there_is_no_other_source():
+    with pytest.raises(ValueError, match=r"not from 'mcg'"):
+        propose_regions(shapes_image()[0], source="mcg")
+
+
+@pytest.mark.parametrize(
+    ("source", "package"), [("skimage", "scikit-image"), ("opencv", "opencv-contrib-python")]
+)
+def test_a_missing_package_is_named(monkeypatch, source, package):
+    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
+    monkeypatch.delattr(cv2, "ximgproc", raising=False)
+    with pytest.raises(ImportError, match=package):
+        propose_regions(shapes_image()[0], source=source)
+
+
+def test_segments_of_scikit_image():
+    pytest.importorskip("skimage", reason="scikit-image is an optional source of segments")
+    image, masks = shapes_image()
+    found = propose_regions(image, source="skimage")
+    assert found.iou(masks).amax(dim=0).min() > 0.9
+
+
+def test_boxes_of_opencv():
+    if not hasattr(cv2, "ximgproc"):
+        pytest.skip("opencv-contrib-python is an optional source of boxes")
+    image = shapes_image()[0].repeat(3, 0).repeat(3, 1)
+    found = propose_regions(image, source="opencv")
+    assert found.iou(shapes_image()[1].repeat(3, 1).repeat(3, 2)).amax(dim=0)[1] > 0.9
+    assert torch.equal(propose_regions(image, source="opencv").members, found.members)
