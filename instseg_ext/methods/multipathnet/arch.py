@@ -85,6 +85,11 @@ class MultiPathRCNN(InstSegRCNN):
             for proposal, (_, crowds) in zip(proposals, given, strict=True):
                 proposal.crowd_share = crowd_shares(proposal.proposal_boxes, crowds)
             _, of_regions = self.roi_heads(images, features, proposals, objects)
+            if self.proposal_generator is None:
+                # Several processes wait for the gradients of all layers, also of maps not read.
+                of_regions["loss_cls"] = of_regions["loss_cls"] + 0.0 * sum(
+                    x.sum() for x in features.values()
+                )
         return {name: value.float() for name, value in {**losses, **of_regions}.items()}
 
     def postprocess(

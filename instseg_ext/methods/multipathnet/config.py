@@ -48,8 +48,9 @@ def add_multipathnet_config(cfg: CN) -> None:
     _C.MODEL.MULTIPATH.MAPS = [3, 2, 2, 1]
     # True: boxes have a tower of their own ("het"). False: they are read off the classes' towers.
     _C.MODEL.MULTIPATH.HET = True
-    # Crop and number of maps of that tower.
+    # The crop that this tower sees.
     _C.MODEL.MULTIPATH.HET_SCALE = 1.5
+    # From how many of IN_FEATURES it is pooled.
     _C.MODEL.MULTIPATH.HET_MAPS = 3
     # "fc": a 1x1 convolution and two layers of MODEL.ROI_BOX_HEAD.FC_DIM, as VGG has. "res5": the
     # last stage of the ResNet, which reads a single map at stride 16.

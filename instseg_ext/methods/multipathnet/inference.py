@@ -59,7 +59,7 @@ def detect(
     boxes, probs, proposal_index = boxes[finite], probs[finite, :-1], proposal_index[finite]
     clipped = Boxes(boxes.reshape(-1, 4))
     clipped.clip(image_size)
-    boxes = clipped.tensor.view(len(probs), -1, 4)
+    boxes = clipped.tensor.view(len(probs), boxes.shape[1] // 4, 4)
     rows, classes = (probs > options.min_score).nonzero(as_tuple=True)
     scores = probs[rows, classes]
     boxes = boxes[rows, classes if boxes.shape[1] > 1 else torch.zeros_like(classes)]
@@ -114,7 +114,7 @@ def best_boxes(boxes: Tensor, probs: Tensor) -> Tensor:
         boxes: (R, 4 K) or (R, 4).
         probs: (R, K + 1), background last.
     """
-    boxes = boxes.view(len(boxes), -1, 4)
+    boxes = boxes.view(len(boxes), boxes.shape[1] // 4, 4)
     if boxes.shape[1] == 1:
         return boxes[:, 0]
     best = probs[:, :-1].argmax(dim=1)
