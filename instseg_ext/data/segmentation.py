@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools import mask as mask_util
 
+from instseg_ext.structures.rle import decode_compressed_counts
+
 __all__ = [
     "as_rle",
     "clean_segmentation",
@@ -21,41 +23,6 @@ __all__ = [
     "rasterise_polygons",
     "rle_problem",
 ]
-
-
-def decode_compressed_counts(counts: str | bytes) -> np.ndarray | None:
-    """Decode COCO's run-length string into run lengths.
-
-    A malformed string can make pycocotools write outside its buffer, so strings of unknown origin
-    are decoded here first. The code: six bits a character from ASCII 48 on, five of value and one
-    "more follows", two's complement; from the fourth run on the difference to the run two before.
-
-    Args:
-        counts: the ``counts`` value of a compressed RLE.
-
-    Returns:
-        (R,) int64 run lengths starting with background, which may be negative or sum to anything if
-        the string is corrupt; None if it is no such string at all.
-    """
-    raw = counts.encode("ascii", "replace") if isinstance(counts, str) else bytes(counts)
-    if not raw:
-        return None
-    codes = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - 48
-    if codes.min() < 0 or codes.max() > 63 or codes[-1] & 0x20:
-        return None
-    ends = np.flatnonzero((codes & 0x20) == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 12:  # 60 bits: more cannot be a run length
-        return None
-    shift = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
-    values = np.add.reduceat((codes & 0x1F) << shift, starts)
-    negative = (codes[ends] & 0x10) != 0
-    values = np.where(negative, values - (np.int64(1) << (5 * lengths)), values)
-    runs = values.copy()
-    runs[1::2] = np.cumsum(values[1::2])
-    runs[2::2] = np.cumsum(values[2::2])
-    return runs
 
 
 def rle_problem(rle: object, size_hw: tuple[int, int]) -> str | None:

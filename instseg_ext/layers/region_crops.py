@@ -103,8 +103,8 @@ def crop_regions(
 
     Note:
         Follows the authors' MATLAB code, which makes the features of their classifiers. Their
-        Caffe layer, which fine-tunes the towers, rounds halves of coordinates below 0 the other
-        way and resizes pictures of 8 bits.
+        Caffe layer, which fine-tunes the towers, differs by less than a grey level, as it resizes
+        pictures of 8 bits, and takes the pixels of masks from their near corners, not centres.
 
     Args:
         image: (C, H, W) float, normalised so that 0 is the mean colour, unless ``mean`` is given.

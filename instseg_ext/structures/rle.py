@@ -16,6 +16,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 __all__ = [
+    "decode_compressed_counts",
     "decode_masks",
     "encode_crops",
     "encode_masks",
@@ -198,6 +199,41 @@ def decode_masks(
     packed = [_compressed(rle) for rle in rles]
     stack = coco_mask.decode(packed)  # (H, W, N) uint8, Fortran order: its transpose is contiguous
     return np.ascontiguousarray(stack.transpose(2, 0, 1)).view(bool)
+
+
+def decode_compressed_counts(counts: str | bytes) -> np.ndarray | None:
+    """Decode COCO's run-length string into run lengths.
+
+    A malformed string can make pycocotools write outside its buffer, so strings of unknown origin
+    are decoded here first. The code: six bits a character from ASCII 48 on, five of value and one
+    "more follows", two's complement; from the fourth run on the difference to the run two before.
+
+    Args:
+        counts: the ``counts`` value of a compressed RLE.
+
+    Returns:
+        (R,) int64 run lengths starting with background, which may be negative or sum to anything if
+        the string is corrupt; None if it is no such string at all.
+    """
+    raw = counts.encode("ascii", "replace") if isinstance(counts, str) else bytes(counts)
+    if not raw:
+        return None
+    codes = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - 48
+    if codes.min() < 0 or codes.max() > 63 or codes[-1] & 0x20:
+        return None
+    ends = np.flatnonzero((codes & 0x20) == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 12:  # 60 bits: more cannot be a run length
+        return None
+    shift = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((codes & 0x1F) << shift, starts)
+    negative = (codes[ends] & 0x10) != 0
+    values = np.where(negative, values - (np.int64(1) << (5 * lengths)), values)
+    runs = values.copy()
+    runs[1::2] = np.cumsum(values[1::2])
+    runs[2::2] = np.cumsum(values[2::2])
+    return runs
 
 
 def rle_boxes(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:

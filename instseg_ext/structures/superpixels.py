@@ -6,18 +6,15 @@ Shapes: (H, W) image, n superpixels with the ids 0..n-1, R masks.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from instseg_ext.structures.rle import decode_masks
+from instseg_ext.structures.rle import decode_compressed_counts
 
 __all__ = ["connected_parts", "parts_of_masks", "require_scipy"]
-
-# Masks that are decoded at one time.
-_DECODED_MB = 64
 
 # Seed of the numbers by which pixels of different membership are told apart.
 _SIGNATURE_SEED = 20140907
@@ -104,11 +101,12 @@ def _links_between_lines(maps: Sequence[np.ndarray], runs: np.ndarray) -> np.nda
 
 
 def parts_of_masks(
-    masks: np.ndarray | Sequence[dict[str, Any]], size_hw: tuple[int, int]
+    masks: np.ndarray | Sequence[Mapping[str, Any]], size_hw: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the partition of which every mask is a union, exactly.
 
-    Pixels in the same masks form a superpixel, which is then split into connected parts.
+    Pixels in the same masks form a superpixel, which is then split into connected parts. Only the
+    ends of runs are looked at, no mask is decoded.
 
     Args:
         masks: (R, H, W) bool or R COCO run-length dictionaries of the image's size.
@@ -116,43 +114,46 @@ def parts_of_masks(
 
     Returns:
         (H, W) int32 superpixels and (n, R) bool, the superpixels that each mask consists of.
+
+    Raises:
+        ValueError: if a mask is damaged.
     """
-    changes = _mask_changes(masks, size_hw)
-    pixels = size_hw[0] * size_hw[1]
-    # A pixel's signature is the XOR of random numbers of the masks it is in. Passing along the
-    # flattened image, it changes where a mask begins or ends. Two neighbours of different
-    # membership have the same signature with a chance of 2^-64.
+    height, width = size_hw
+    changes = [_changes(mask, size_hw) for mask in masks]
+    # Down the columns, as run lengths go. A pixel's signature is the XOR of random numbers of the
+    # masks it is in: it changes where a mask begins or ends. Two neighbours of different membership
+    # have the same signature with a chance of 2^-64.
     numbers = np.random.default_rng(_SIGNATURE_SEED).integers(
         0, 2**64, size=len(changes), dtype=np.uint64
     )
-    signature = np.zeros(pixels + 1, dtype=np.uint64)
+    signature = np.zeros(height * width + 1, dtype=np.uint64)
     for number, change in zip(numbers, changes, strict=True):
-        signature[change] ^= number
+        np.bitwise_xor.at(signature, change, number)
     np.bitwise_xor.accumulate(signature, out=signature)
-    superpixels, first = connected_parts(signature[:pixels].reshape(size_hw))
+    superpixels, first = connected_parts(signature[:-1].reshape(width, height))
     # First pixels come in rising order, so that a run of a mask covers a range of superpixels.
-    edges = np.zeros((len(first) + 1, len(changes)), dtype=np.int8)
-    for row, change in enumerate(changes):
+    edges = np.zeros((len(changes), len(first) + 1), dtype=np.int32)
+    for row, change in zip(edges, changes, strict=True):
         at = np.searchsorted(first, change)
-        np.add.at(edges[:, row], at[0::2], 1)
-        np.subtract.at(edges[:, row], at[1::2], 1)
-    return superpixels, np.cumsum(edges, axis=0, dtype=np.int8)[:-1].astype(bool)
+        np.add.at(row, at[0::2], 1)
+        np.subtract.at(row, at[1::2], 1)
+    members = edges.cumsum(axis=1)[:, :-1].T.astype(bool)
+    return np.ascontiguousarray(superpixels.T), members
 
 
-def _mask_changes(
-    masks: np.ndarray | Sequence[dict[str, Any]], size_hw: tuple[int, int]
-) -> list[np.ndarray]:
-    """Return for each mask where its runs begin and end in the flattened image, alternately."""
+def _changes(mask: np.ndarray | Mapping[str, Any], size_hw: tuple[int, int]) -> np.ndarray:
+    """Return where the runs of a mask begin and end, alternately, counted down the columns."""
     pixels = size_hw[0] * size_hw[1]
-    if pixels == 0:
-        return [np.zeros(0, dtype=np.int64) for _ in masks]
-    step = max(1, _DECODED_MB * 2**20 // pixels)
-    changes = []
-    for start in range(0, len(masks), step):
-        piece = masks[start : start + step]
-        stack = piece if isinstance(piece, np.ndarray) else decode_masks(piece, size_hw)
-        for mask in stack.reshape(len(stack), pixels):
-            inner = np.flatnonzero(mask[1:] != mask[:-1]) + 1
-            ends = ([0] if mask[0] else [], inner, [pixels] if mask[-1] else [])
-            changes.append(np.concatenate(ends).astype(np.int64))
-    return changes
+    if isinstance(mask, np.ndarray):
+        flat = np.concatenate([[False], mask.T.astype(bool).ravel(), [False]])
+        return np.flatnonzero(flat[1:] != flat[:-1])
+    counts = mask["counts"]
+    if isinstance(counts, (str, bytes)):
+        runs = decode_compressed_counts(counts) if len(counts) else np.zeros(0, dtype=np.int64)
+    else:
+        runs = np.asarray(counts, dtype=np.int64)
+    if runs is None or runs.min(initial=0) < 0 or runs.sum() != pixels:
+        raise ValueError(f"A run-length mask of an image of size {size_hw} is damaged.")
+    ends = runs.cumsum()
+    # An even number of ends: the mask begins and ends outside.
+    return ends if len(ends) % 2 == 0 else ends[:-1]

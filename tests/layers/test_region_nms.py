@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from instseg_ext.layers.region_nms import pack_members, region_nms
+from instseg_ext.layers.region_nms import region_nms
 
 
 def by_loop(members, scores):
@@ -61,11 +61,3 @@ def test_without_regions_or_superpixels(shape):
     regions, classes = region_nms(members, torch.zeros((shape[1], 0)))
     assert regions.dtype == classes.dtype == torch.int64
     assert len(regions) == 0
-
-
-def test_bits_are_superpixels():
-    members = torch.rand((130, 7)) > 0.5
-    words = pack_members(members)
-    assert words.shape == (7, 3)
-    shared = (words[:, None] & words[None]).ne(0).any(dim=2)
-    assert torch.equal(shared, (members.T[:, None] & members.T[None]).any(dim=2))

@@ -1,14 +1,15 @@
 """Regions as unions of superpixels against the masks they stand for."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from scipy import io, ndimage
 from structures.random_masks import HEIGHT, WIDTH, random_masks
 
-from instseg_ext.structures import superpixels as superpixels_module
 from instseg_ext.structures.region_proposals import RegionProposals
-from instseg_ext.structures.rle import encode_masks, rle_boxes
+from instseg_ext.structures.rle import decode_compressed_counts, encode_masks, rle_boxes
 from instseg_ext.structures.superpixels import connected_parts
 
 EIGHT = np.ones((3, 3), dtype=bool)
@@ -61,8 +62,8 @@ def test_acceptance_check_8_masks_come_back_exactly():
         masks, found = regions(6, seed)
         np.testing.assert_array_equal(found.masks().numpy(), masks)
         assert len(np.unique(found.members.numpy(), axis=0)) <= 64
-        expected, _ = numbered_as_met(parts_by_label(*masks.astype(int)))
-        np.testing.assert_array_equal(found.superpixels.numpy(), expected)
+        expected, _ = numbered_as_met(parts_by_label(*masks.astype(int)).T)
+        np.testing.assert_array_equal(found.superpixels.numpy().T, expected)
 
 
 def test_acceptance_check_8_iou_is_that_of_pixels():
@@ -92,11 +93,27 @@ def test_run_lengths_arrays_and_tensors_give_the_same():
     assert torch.equal(found.iou(encode_masks(masks)), found.iou(masks))
 
 
-def test_masks_are_decoded_a_few_at_a_time(monkeypatch):
+def test_run_lengths_of_every_form_are_read():
     masks, found = regions()
-    monkeypatch.setattr(superpixels_module, "_DECODED_MB", 0)
-    again = RegionProposals.from_masks(encode_masks(masks), found.scores)
-    assert torch.equal(again.members, found.members)
+    compressed = encode_masks(masks)
+    as_bytes = [{**rle, "counts": rle["counts"].encode()} for rle in compressed]
+    listed = [
+        {**rle, "counts": decode_compressed_counts(rle["counts"]).tolist()} for rle in compressed
+    ]
+    # runs of no pixels do not matter
+    longer = [
+        {**rle, "counts": [0, 0, *rle["counts"][:1], 0, 0, *rle["counts"][1:]]} for rle in listed
+    ]
+    for other in (as_bytes, listed, longer):
+        again = RegionProposals.from_masks(other)
+        assert torch.equal(again.superpixels, found.superpixels)
+        assert torch.equal(again.members, found.members)
+
+
+@pytest.mark.parametrize("counts", ["", "!", "09", [3], [-1, 7], [4, 4]])
+def test_damaged_run_lengths_are_refused(counts):
+    with pytest.raises(ValueError, match=r"size \(2, 3\) is damaged"):
+        RegionProposals.from_masks([{"size": [2, 3], "counts": counts}])
 
 
 def test_counts_are_exact_in_pieces_and_under_autocast(monkeypatch):
@@ -162,8 +179,8 @@ def test_superpixels_are_cut_along_objects():
 def test_without_objects_nothing_changes():
     _, found = regions()
     same = found.intersect([])
-    assert torch.equal(same.superpixels, found.superpixels)
-    assert torch.equal(same.members, found.members)
+    assert same.num_superpixels == found.num_superpixels
+    assert torch.equal(same.masks(), found.masks())
 
 
 def test_merging_keeps_every_region():
@@ -171,8 +188,8 @@ def test_merging_keeps_every_region():
     fine = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
     members = found.masks().numpy().reshape(3, -1).T
     merged = RegionProposals.merged(fine, members, found.scores.numpy())
-    assert torch.equal(merged.superpixels, found.superpixels)
-    assert torch.equal(merged.members, found.members)
+    assert merged.num_superpixels == found.num_superpixels
+    assert torch.equal(merged.masks(), found.masks())
     nothing = RegionProposals.merged(fine, np.zeros((fine.size, 0), dtype=bool), [])
     assert nothing.num_superpixels == 1
 
@@ -258,3 +275,9 @@ def test_parts_that_do_not_fit_are_refused():
         RegionProposals.from_masks([])
     with pytest.raises(ValueError, match=r"does not fit regions of an image of size \(2, 2\)"):
         RegionProposals(partition, members, torch.ones(3)).iou(np.ones((1, 2, 3), dtype=bool))
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    with pytest.raises(ImportError, match=r"instseg_ext\[sds\]"):
+        RegionProposals.from_masks(np.ones((1, 2, 2), dtype=bool))
