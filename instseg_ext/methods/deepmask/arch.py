@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from instseg_ext.methods.deepmask.inference import (
     resize_and_pad,
 )
 from instseg_ext.methods.deepmask.losses import enlarge, mean_loss
+from instseg_ext.methods.deepmask.options import InferenceOptions, LossOptions
 from instseg_ext.modeling.dense import (
     DenseInstanceSegmenter,
     dense_arguments,
@@ -35,29 +35,7 @@ from instseg_ext.modeling.dense import (
 from instseg_ext.modeling.masks import collect_masks
 from instseg_ext.modeling.runtime import RuntimeOptions
 
-__all__ = ["DeepMask", "InferenceOptions", "LossOptions", "PatchOutputs"]
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """Side of the mask targets and weights of the losses; see the config keys."""
-
-    gt_size: int = 112
-    mask_weight: float = 32.0
-    score_weight: float = 1.0
-    alternate: bool = False
-
-
-@dataclass(frozen=True)
-class InferenceOptions:
-    """Which windows and pixels become proposals; see the config keys."""
-
-    scales: tuple[float, ...] = (1.0,)
-    max_proposals: int = 1000
-    mask_thresh: float = 0.2
-    nms_thresh: float = 1.0
-    legacy_indexing: bool = False
-    legacy_paste: bool = False
+__all__ = ["DeepMask", "PatchOutputs"]
 
 
 class PatchOutputs(NamedTuple):
@@ -147,20 +125,8 @@ class DeepMask(DenseInstanceSegmenter):
             ),
             "window_size": node.INPUT_SIZE,
             "context": node.CONTEXT,
-            "loss_options": LossOptions(
-                gt_size=node.GT_SIZE,
-                mask_weight=node.MASK_LOSS_WEIGHT,
-                score_weight=node.SCORE_LOSS_WEIGHT,
-                alternate=node.ALTERNATE,
-            ),
-            "inference_options": InferenceOptions(
-                scales=tuple(node.TEST_SCALES),
-                max_proposals=cfg.TEST.DETECTIONS_PER_IMAGE,
-                mask_thresh=node.MASK_THRESH,
-                nms_thresh=node.NMS_THRESH,
-                legacy_indexing=node.LEGACY_INDEXING,
-                legacy_paste=node.LEGACY_PASTE,
-            ),
+            "loss_options": LossOptions.from_config(cfg),
+            "inference_options": InferenceOptions.from_config(cfg),
         }
 
     @classmethod
@@ -245,7 +211,7 @@ class DeepMask(DenseInstanceSegmenter):
         _, maps = self.patch_maps(batched_inputs)
         with self.precision():
             masks = self.head.mask(maps.codes.flatten(1))
-            refined = self.refined_masks(maps)
+        refined = self.refined_masks(maps)
         return PatchOutputs(
             masks.float(),
             maps.scores.flatten().float(),
@@ -296,7 +262,8 @@ class DeepMask(DenseInstanceSegmenter):
             targets: theirs, (n, GT_SIZE, GT_SIZE) bool; None if n is 0.
         """
         codes = raw.codes.flatten(1)
-        logits = self.head.mask(codes[rows] if rows else codes)
+        with self.precision():
+            logits = self.head.mask(codes[rows] if rows else codes)
         logits = enlarge(logits.float(), self.loss_options.gt_size)
         return {"loss_mask": self.loss_options.mask_weight * mean_loss(logits, targets)}
 

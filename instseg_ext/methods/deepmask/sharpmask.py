@@ -89,7 +89,8 @@ class SharpMask(DeepMask):
 
     def refined_masks(self, maps: WindowMaps) -> Tensor:
         """Return the refined masks of patches, see the base class."""
-        return self.head.refine(maps.codes.flatten(1), maps.laterals)
+        with self.precision():
+            return self.head.refine(maps.codes.flatten(1), maps.laterals)
 
     def losses(
         self, raw: WindowMaps, images: ImageList, gt_instances: list[dict]
