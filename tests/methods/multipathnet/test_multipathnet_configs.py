@@ -1,5 +1,7 @@
 """Published recipes, project choices, and what a config may not say."""
 
+import shlex
+
 import pytest
 from methods.project import Project, assert_nuclei_protocol, build
 
@@ -11,7 +13,7 @@ VGG, R_18, FPN = (
     "fast_rcnn_integral_R_18_coco",
     "multipathnet_R_50_FPN_1x",
 )
-NUCLEI = "nuclei_multipathnet_R_18_FPN"
+NUCLEI, FROM_FILE = "nuclei_multipathnet_R_18_FPN", "nuclei_multipathnet_file_R_18_FPN"
 
 
 def test_no_model_is_forgotten():
@@ -83,6 +85,25 @@ def test_nuclei_config_has_the_whole_method():
     node = cfg.MODEL.MULTIPATH
     assert (node.SCALES, node.MAPS, node.HET) == ([1.0, 1.5, 2.0, 4.0], [3, 2, 2, 1], True)
     assert (len(node.IOU_THRESHOLDS), node.INTEGRAL_MODE, node.SKIP_NORM) == (6, "joint", "l2")
+
+
+def test_nuclei_config_of_a_file():
+    cfg, same = PROJECT.config(FROM_FILE), PROJECT.config(NUCLEI)
+    assert build(cfg).proposal_generator is None
+    assert (cfg.MODEL.MULTIPATH.MASK_SOURCE, cfg.INSTSEG.PROPOSAL_MASKS) == ("proposal", True)
+    for key in ("SOLVER", "INPUT", "TEST"):
+        assert cfg[key] == same[key]
+
+
+def test_parts_can_be_switched_off():
+    """With the options that the page gives."""
+    rows = PROJECT.rows("foveal crops|skip connections|the boxes' own tower|the integral loss")
+    shapes = []
+    for row in rows[-4:]:
+        words = shlex.split(row[1].strip("`"))
+        head = build(PROJECT.config(NUCLEI, *words)).roi_heads
+        shapes.append((len(head.box_head.towers), len(head.box_predictor.cls_score)))
+    assert shapes == [(2, 6), (5, 6), (4, 6), (5, 1)]
 
 
 @pytest.mark.parametrize(
