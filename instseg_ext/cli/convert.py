@@ -26,6 +26,7 @@ FAMILIES = (
     "detectron2",
     "fcis-mxnet",
     "mnc-caffe",
+    "multipathnet-torch7",
     "panet",
     "polarmask",
     "solo-authors",

@@ -182,3 +182,36 @@ def file_bytes(value, **options):
     writer = Writer(**options)
     writer.object(value)
     return b"".join(writer.parts)
+
+
+# --- nets ---------------------------------------------------------------------------------------
+
+
+def net(*modules, name="nn.Sequential"):
+    return Torch(name, {"modules": list(modules), "train": True, "_type": "torch.FloatTensor"})
+
+
+def layer(name, **fields):
+    """A layer with its work space."""
+    fields = {key: value for key, value in fields.items() if value is not None}
+    space = {"output": torch.empty(0), "gradInput": torch.zeros(2, 2)}
+    space |= {f"grad{k.title()}": v for k, v in fields.items() if k in ("weight", "bias")}
+    return Torch(f"nn.{name}", {**fields, **space})
+
+
+def one(name):
+    return layer(name)
+
+
+def named(value, name=""):
+    """Name the tensors of a model as they are named when its file has been read."""
+    if isinstance(value, torch.Tensor):
+        return {name: value} if value.numel() else {}
+    if isinstance(value, Torch):
+        value = value.fields
+    if isinstance(value, list):
+        value = dict(enumerate(value, start=1))
+    found = {}
+    for key, entry in value.items() if isinstance(value, dict) else ():
+        found |= named(entry, f"{name}.{key}" if name else str(key))
+    return found

@@ -4,6 +4,7 @@ from instseg_ext.method import Method
 from instseg_ext.methods.multipathnet import arch as _arch  # noqa: F401  registers the model
 from instseg_ext.methods.multipathnet import roi_heads as _roi_heads  # noqa: F401  and its heads
 from instseg_ext.methods.multipathnet.config import add_multipathnet_config
+from instseg_ext.methods.multipathnet.convert import FAMILIES
 from instseg_ext.methods.multipathnet.mapper import build_mapper
 
 __all__ = ["METHOD"]
@@ -15,4 +16,5 @@ METHOD = Method(
     class_count_keys=("MODEL.ROI_HEADS.NUM_CLASSES",),
     score_threshold_keys=("MODEL.ROI_HEADS.SCORE_THRESH_TEST",),
     build_mapper=build_mapper,
+    converters=FAMILIES,
 )

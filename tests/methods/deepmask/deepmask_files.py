@@ -1,28 +1,12 @@
 """Files of DeepMask and SharpMask as their authors' code, and a port to PyTorch, write them."""
 
 import torch
-from checkpoint.torch7_writer import Torch
+from checkpoint.torch7_writer import Torch, layer, net, one
 
 BLOCKS = {"res2": 3, "res3": 4, "res4": 6}
 # Ours and the port's names of the children of a block.
 _PORT = {"conv1": "conv1", "conv2": "conv2.1", "conv3": "conv3", "shortcut": "downsample.0"}
 _PORT_NORM = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "shortcut": "downsample.1"}
-
-
-def net(*modules, name="nn.Sequential"):
-    return Torch(name, {"modules": list(modules), "train": True, "_type": "torch.FloatTensor"})
-
-
-def layer(name, **fields):
-    """A layer with its work space."""
-    fields = {key: value for key, value in fields.items() if value is not None}
-    space = {"output": torch.empty(0), "gradInput": torch.zeros(2, 2)}
-    space |= {f"grad{k.title()}": v for k, v in fields.items() if k in ("weight", "bias")}
-    return Torch(f"nn.{name}", {**fields, **space})
-
-
-def one(name):
-    return layer(name)
 
 
 class AuthorsModel:
@@ -156,18 +140,4 @@ def port_state(state):
         found[new] = value[:, :, None, None] if is_linear else value
         if new.endswith("running_var"):
             found[new.replace("running_var", "num_batches_tracked")] = torch.tensor(7)
-    return found
-
-
-def named(value, name=""):
-    """Name the tensors of a model as they are named when its file has been read."""
-    if isinstance(value, torch.Tensor):
-        return {name: value} if value.numel() else {}
-    if isinstance(value, Torch):
-        value = value.fields
-    if isinstance(value, list):
-        value = dict(enumerate(value, start=1))
-    found = {}
-    for key, entry in value.items() if isinstance(value, dict) else ():
-        found |= named(entry, f"{name}.{key}" if name else str(key))
     return found

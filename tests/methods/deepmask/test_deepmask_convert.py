@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoint.torch7_writer import file_bytes
-from methods.deepmask.deepmask_files import AuthorsModel, layer, named, port_state
+from checkpoint.torch7_writer import file_bytes, layer, named
+from methods.deepmask.deepmask_files import AuthorsModel, port_state
 from methods.deepmask.deepmask_models import SHARP, TINY, config, model_of, picture
 
 import instseg_ext
