@@ -71,6 +71,8 @@ def draw_training_samples(
 def _content(sample: dict) -> str:
     if "sem_seg" in sample:
         return f"{len(sample['sem_seg'].unique())} labels"
+    if "label" in sample:
+        return "positive" if sample["label"] > 0 else "negative"
     return f"{len(sample['instances'])} objects"
 
 
