@@ -1,36 +1,12 @@
-"""Max pooling with disjoint bins against a loop that follows the CUDA kernel of Torch's inn."""
+"""Max pooling with bins that share no cell, against the loop."""
 
 import math
 
 import pytest
 import torch
+from layers.roi_pool_loop import pooled_by_loop
 
 from instseg_ext.layers.roi_pool_v2 import ROIPoolV2, bin_edges
-
-
-def c_round(value):
-    return int(math.copysign(math.floor(abs(value) + 0.5), value))
-
-
-def pooled_by_loop(maps, rois, size, scale):
-    """The kernel, one output at a time; ``rois`` begin at 0 here and at 1 there."""
-    height, width = maps.shape[2:]
-    out = torch.zeros(len(rois), maps.shape[1], size, size)
-    for r, (index, *box) in enumerate(rois.tolist()):
-        start_w, start_h, end_w, end_h = (c_round(v * scale) for v in box)
-        end_w, end_h = end_w - 1, end_h - 1
-        bin_w = torch.tensor(max(end_w - start_w + 1, 1) / size)
-        bin_h = torch.tensor(max(end_h - start_h + 1, 1) / size)
-        for p in range(size):
-            for q in range(size):
-                y = [c_round(float((p + k) * bin_h)) + start_h for k in (0, 1)]
-                x = [c_round(float((q + k) * bin_w)) + start_w for k in (0, 1)]
-                y = [min(max(v, 0), height) for v in y]
-                x = [min(max(v, 0), width) for v in x]
-                cells = maps[int(index), :, y[0] : y[1], x[0] : x[1]]
-                if cells.numel():
-                    out[r, :, p, q] = cells.amax(dim=(1, 2))
-    return out
 
 
 @pytest.mark.parametrize(("size", "scale"), [(7, 1 / 16), (7, 1 / 4), (14, 1 / 16)])
