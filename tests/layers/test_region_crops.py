@@ -81,7 +81,7 @@ def test_acceptance_check_9_outside_the_image_there_is_nothing():
 @pytest.mark.parametrize(("size", "context"), [(227, 16), (32, 3), (16, 0)])
 def test_equals_one_crop_at_a_time(size, context):
     image = torch.randn(3, 90, 130) * 50
-    boxes = some_boxes(60, 90, 130)
+    boxes = some_boxes(24, 90, 130)
     boxes[0] = torch.tensor([0.0, 0, 130, 90])
     boxes[1] = torch.tensor([129.0, 89, 130, 90])
     superpixels = torch.randint(0, 40, (90, 130), dtype=torch.int32)
