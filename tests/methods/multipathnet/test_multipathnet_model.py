@@ -8,6 +8,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from methods.multipathnet.multipathnet_toys import FROM_FILE, config, model_of, proposals_of
 
+from instseg_ext.checkpoint import InstSegCheckpointer
 from instseg_ext.data.proposal_mapper import transform_proposals
 from instseg_ext.layers.mask_ops import RLEList, encode_rle
 from instseg_ext.methods.multipathnet import METHOD
@@ -169,7 +170,7 @@ def test_a_turn_in_training(event_storage):
     assert moved == [i == 4 for i in range(6)]
 
 
-def test_last_stage_as_tower():
+def test_last_stage_as_tower(tmp_path):
     opts = [
         "MODEL.BACKBONE.NAME", "build_resnet_backbone",
         "MODEL.RESNETS.OUT_FEATURES", ["res4"],
@@ -189,8 +190,12 @@ def test_last_stage_as_tower():
     sum(model.train()([sample()]).values()).backward()
     with torch.no_grad():
         assert len(model.eval()([sample()])[0]["instances"]) > 0
-    # ImageNet's last stage goes to the tower
+    # an ImageNet model has the backbone and, beside it, the last stage
     own = model.roi_heads.box_head.towers[0].blocks.state_dict()
-    weights = {f"res5.{name}": torch.full_like(value, 2.0) for name, value in own.items()}
-    model.load_state_dict(weights, strict=False)
-    assert all((value == 2).all() for value in model.roi_heads.box_head.state_dict().values())
+    state = {name: torch.full_like(x, 3.0) for name, x in model.backbone.state_dict().items()}
+    state |= {f"res5.{name}": torch.full_like(x, 2.0) for name, x in own.items()}
+    file = tmp_path / "imagenet.pth"
+    torch.save({"model": state, "__author__": "torchvision", "matching_heuristics": True}, file)
+    InstSegCheckpointer(model, num_classes=1).load(str(file))
+    assert all((x == 2).all() for x in model.roi_heads.box_head.state_dict().values())
+    assert all((x == 3).all() for x in model.backbone.state_dict().values())
