@@ -38,6 +38,9 @@ _SUMMARY = "regions.json"
 
 Maker = Callable[[Mapping[str, Any]], RegionProposals]
 
+# In a process of the pool, what it does with an image.
+_here: dict[str, Callable[[dict], Any]] = {}
+
 
 class _ImageResult(NamedTuple):
     """What is counted of an image: its regions, and for each of (G,) objects the best IoUs."""
@@ -157,19 +160,26 @@ def _mapped(
         yield from map(process, dicts)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(dicts)), multiprocessing.get_context("spawn"), _one_thread
+        min(workers, len(dicts)), multiprocessing.get_context("spawn"), _start, (process,)
     )
     try:
-        yield from pool.map(process, dicts)
+        yield from pool.map(_process_here, dicts)
     finally:
         # After an error nobody wants the images that wait.
         pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
-    """Let a process keep to itself: there are as many as cores."""
+def _start(process: Callable[[dict], _ImageResult]) -> None:
+    """Prepare a process of the pool; it keeps to one thread, there are as many as cores."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    # Sent once, not with every image: a source may hold a file of results.
+    _here["process"] = process
+
+
+def _process_here(record: dict) -> _ImageResult:
+    """Make the regions of an image in a process of the pool."""
+    return _here["process"](record)
 
 
 def _process(record: dict, *, folder: str, make: Maker) -> _ImageResult:
