@@ -13,6 +13,7 @@ from types import ModuleType
 
 import cv2
 import numpy as np
+import torch
 
 from instseg_ext.methods.sds.graph_segments import Edges, graph_segments, pixel_edges
 from instseg_ext.methods.sds.grouping import describe_segments, group_segments
@@ -98,8 +99,8 @@ def propose_regions(
         return RegionProposals.from_masks([], size_hw=(height, width))
     image = _shrunk(image_rgb)
     if source == "opencv":
-        enlarge = np.tile([width / image.shape[1], height / image.shape[0]], 2)
-        boxes = _selective_search(image, seed) * enlarge
+        boxes = _selective_search(image, seed)
+        boxes = boxes * np.tile([width / image.shape[1], height / image.shape[0]], 2)
         scores = 1 - np.arange(len(boxes)) / max(len(boxes), 1)
         return regions_of_boxes(image_rgb, boxes, scores, max_regions)
     rng = np.random.default_rng(seed)
@@ -110,7 +111,7 @@ def propose_regions(
     order = np.concatenate([one.badness for one in found]).argsort(kind="stable")
     members = members[:, _first_of_equals(members, order)[:max_regions]]
     scores = 1 - np.arange(members.shape[1]) / max(members.shape[1], 1)
-    return RegionProposals.merged(_enlarged(parts, (height, width)), members, scores)
+    return _at_full_size(RegionProposals.merged(parts, members, scores), (height, width))
 
 
 def regions_of_boxes(
@@ -129,15 +130,17 @@ def regions_of_boxes(
     """
     image = _shrunk(image_rgb)
     labels = _segments(_lab(image), "builtin")[0]
-    labels = _enlarged(labels, image_rgb.shape[:2])
+    size_hw = (image_rgb.shape[0], image_rgb.shape[1])
+    shrink = np.tile([image.shape[1] / size_hw[1], image.shape[0] / size_hw[0]], 2)
     num = int(labels.max()) + 1
     sizes = np.bincount(labels.ravel(), minlength=num)
     members = np.zeros((num, len(boxes)), dtype=bool)
-    for column, (x1, y1, x2, y2) in enumerate(boxes.round().clip(min=0).astype(int).tolist()):
+    whole = (boxes * shrink).round().clip(min=0).astype(int)
+    for column, (x1, y1, x2, y2) in enumerate(whole.tolist()):
         inside = np.bincount(labels[y1:y2, x1:x2].ravel(), minlength=num)
         members[:, column] = 2 * inside >= sizes
     keep = _first_of_equals(members, np.flatnonzero(members.any(axis=0)))[:max_regions]
-    return RegionProposals.merged(labels, members[:, keep], scores[keep])
+    return _at_full_size(RegionProposals.merged(labels, members[:, keep], scores[keep]), size_hw)
 
 
 def _shrunk(image: np.ndarray) -> np.ndarray:
@@ -150,12 +153,14 @@ def _shrunk(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def _enlarged(labels: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Return labels of a shrunk image at the size of the image."""
+def _at_full_size(regions: RegionProposals, size_hw: tuple[int, int]) -> RegionProposals:
+    """Return the regions of a shrunk image at the size of the image."""
     rows, columns = (
-        np.arange(long) * short // long for long, short in zip(size_hw, labels.shape, strict=True)
+        torch.arange(long) * short // long
+        for long, short in zip(size_hw, regions.image_size, strict=True)
     )
-    return labels[rows[:, None], columns]
+    superpixels = regions.superpixels[rows[:, None], columns]
+    return RegionProposals(superpixels, regions.members, regions.scores)
 
 
 def _lab(image: np.ndarray) -> np.ndarray:

@@ -184,7 +184,7 @@ def test_other_images_are_refused(image):
         propose_regions(image)
 
 
-def test_boxes_become_regions():
+def test_boxes_become_regions(monkeypatch):
     """The segments that lie at least half inside; boxes that come to the same count once."""
     image, masks = shapes_image()
     boxes = [[0.0, 0, 1, 1], [57, 42, 96, 69], [56.6, 41.7, 96.4, 69.2], [-5, -9, 200, 200]]
@@ -194,6 +194,10 @@ def test_boxes_become_regions():
     assert found.areas()[1] == masks[0].size
     assert len(regions_of_boxes(image, np.array(boxes), np.ones(4), max_regions=1)) == 1
     assert len(regions_of_boxes(image, np.zeros((0, 4)), np.ones(0))) == 0
+    monkeypatch.setattr(segmentation, "_MAX_PIXELS", SIZE[0] * SIZE[1])
+    large = regions_of_boxes(image.repeat(3, 0).repeat(3, 1), np.array(boxes) * 3, np.ones(4))
+    assert large.image_size == (3 * SIZE[0], 3 * SIZE[1])
+    assert large.iou(masks.repeat(3, 1).repeat(3, 2))[0, 1] > 0.9
 
 
 def test_there_is_no_other_source():
