@@ -29,7 +29,7 @@ _OPTIONAL = (
     ("safetensors", "safetensors", "reading .safetensors files"),
     ("h5py", "h5py", "reading HDF5 files of Caffe"),
     ("google.protobuf", "protobuf", "reading .caffemodel files of Caffe"),
-    ("scipy", "scipy", "reading .mat files of SBD"),
+    ("scipy", "scipy", "reading .mat files of SBD, regions for SDS"),
     ("wandb", "wandb", "WandB logs"),
     ("lvis", "lvis", "LVIS evaluation"),
     ("cityscapesscripts", "cityscapesscripts", "Cityscapes evaluation"),
