@@ -11,6 +11,7 @@ CONFIGS = {
     "panet": "PANet/nuclei_panet_R_18_FPN",
     "mnc": "MNC/nuclei_mnc_R_18_FPN",
     "fcis": "FCIS/nuclei_fcis_R_18",
+    "multipathnet": "MultiPathNet/nuclei_multipathnet_R_18_FPN",
 }
 WIDTHS = {
     "mask_rcnn": [],
@@ -23,6 +24,7 @@ WIDTHS = {
     ],
     "mnc": ["MODEL.MNC.MASK_CONV_DIM", 32, "MODEL.MNC.MASK_FC_DIM", 128],
     "fcis": ["MODEL.FCIS.HEAD_DIM", 128, "MODEL.FCIS.NUM_ROIS", 64],
+    "multipathnet": ["MODEL.MULTIPATH.MIX_DIM", 32, "MODEL.MULTIPATH.L2_SCALE", 56.0],
 }  # fmt: skip
 # Images of twelve objects need as many regions with one.
 HALF_WITH_OBJECTS = [
@@ -58,7 +60,14 @@ def classes(method, number):
 
 @pytest.mark.parametrize(
     ("method", "iterations"),
-    [("pointrend", 250), ("mask_rcnn", 250), ("panet", 300), ("mnc", 200), ("fcis", 200)],
+    [
+        ("pointrend", 250),
+        ("mask_rcnn", 250),
+        ("panet", 300),
+        ("mnc", 200),
+        ("fcis", 200),
+        ("multipathnet", 200),
+    ],
 )
 def test_three_shapes(method, iterations, tmp_path):
     opts = [*sized(128), *WIDTHS[method], *classes(method, 3)]
