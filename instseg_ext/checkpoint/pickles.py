@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pickle
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -12,18 +13,21 @@ import numpy as np
 __all__ = ["load_restricted", "torch_safe_globals"]
 
 
-def load_restricted(file: IO[bytes]) -> Any:
+def load_restricted(file: IO[bytes], also: Mapping[tuple[str, str], Any] | None = None) -> Any:
     """Unpickle numpy arrays, dtypes, dicts, OrderedDicts, lists, strings and numbers.
 
     Strings of Python 2 are read as latin-1, as detectron2 reads them.
 
     Args:
         file: opened for reading in binary mode.
+        also: what else may be called, by module and name; harmless whatever its arguments are.
 
     Raises:
         pickle.UnpicklingError: if the pickle names any other global; nothing of it is executed.
     """
-    return _RestrictedUnpickler(file, encoding="latin1").load()
+    unpickler = _RestrictedUnpickler(file, encoding="latin1")
+    unpickler.also = dict(also or {})
+    return unpickler.load()
 
 
 def torch_safe_globals() -> list[Any]:
@@ -34,10 +38,12 @@ def torch_safe_globals() -> list[Any]:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Resolves the few globals of the table below and refuses the rest."""
+    """Resolves the few globals of the table below, and of ``also``, and refuses the rest."""
+
+    also: Mapping[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = _numpy_globals()
+        allowed = {**_numpy_globals(), **self.also}
         allowed["collections", "OrderedDict"] = OrderedDict
         try:
             return allowed[module, name]

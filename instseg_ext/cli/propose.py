@@ -25,12 +25,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "propose",
         help="write the proposals of a model for a data set to a file",
         description="Run a model over a data set and write what it finds, whatever the classes, as "
-        "proposals for MODEL.LOAD_PROPOSALS.",
+        "proposals for MODEL.LOAD_PROPOSALS; or take them from another program's file.",
     )
     common.add_config_arguments(parser)
     add = parser.add_argument
     add("--dataset", required=True, metavar="NAME", help="a registered data set")
     add("--output", required=True, metavar="FILE", help="the file to write")
+    add(
+        "--from-file",
+        metavar="FILE",
+        help="take the proposals from detectron2's .pkl or a .json of COCO results instead of a "
+        "model",
+    )
     add(
         "--top",
         type=int,
@@ -59,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise FileExistsError(f"{output} exists; choose another --output or --overwrite.")
     if args.top < 0:
         raise ValueError(f"--top must be 0 (all) or more, not {args.top}.")
+    if args.from_file:
+        return _import(args, output)
     cfg, _ = _config(args)
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("--weights is missing: an untrained model proposes noise.")
@@ -67,6 +75,30 @@ def run(args: argparse.Namespace) -> int:
     engine.check_weights(cfg)
     output.parent.mkdir(parents=True, exist_ok=True)
     engine.launch(_worker, num_gpus=args.num_gpus, device=cfg.MODEL.DEVICE, args=(args,))
+    return 0
+
+
+def _import(args: argparse.Namespace, output: Path) -> int:
+    """Take the proposals from a file."""
+    from detectron2.config import get_cfg
+    from detectron2.utils.logger import setup_logger
+
+    import instseg_ext
+    from instseg_ext import data, engine
+
+    if args.config_file or args.weights or args.opts:
+        raise ValueError("--from-file needs no model: leave the config, weights and overrides out.")
+    setup_logger(name="instseg_ext")
+    cfg = get_cfg()
+    instseg_ext.add_instseg_config(cfg)
+    data.add_registrations(cfg, [data.parse_register_flag(flag) for flag in args.register])
+    data.register_from_config(cfg)
+    data.require_source(args.dataset)
+    data.ensure_files(args.dataset)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    engine.import_proposals(
+        Path(args.from_file), args.dataset, output, form=args.format, top=args.top or None
+    )
     return 0
 
 

@@ -14,7 +14,11 @@ from instseg_ext.data.mapper import (
     annotation_boxes,
     build_mapper,
 )
-from instseg_ext.data.proposal_exchange import write_coco_results, write_detectron2_pickle
+from instseg_ext.data.proposal_exchange import (
+    read_foreign_proposals,
+    write_coco_results,
+    write_detectron2_pickle,
+)
 from instseg_ext.data.proposal_mapper import (
     ProposalMapper,
     assign_proposals,
@@ -67,6 +71,7 @@ __all__ = [
     "load_training_dicts",
     "make_shapes",
     "parse_register_flag",
+    "read_foreign_proposals",
     "register",
     "register_bundled",
     "register_from_config",

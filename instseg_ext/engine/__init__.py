@@ -8,7 +8,7 @@ from instseg_ext.engine.ema import ModelEma
 from instseg_ext.engine.launch import launch
 from instseg_ext.engine.optim import build_optimizer, effective_lr_report, effective_rate
 from instseg_ext.engine.outputs import check_output_dir, check_resume
-from instseg_ext.engine.proposing import propose_dataset
+from instseg_ext.engine.proposing import import_proposals, propose_dataset
 from instseg_ext.engine.standalone import check_weights, evaluate_checkpoint
 from instseg_ext.engine.trainer import Trainer
 
@@ -27,6 +27,7 @@ __all__ = [
     "effective_lr_report",
     "effective_rate",
     "evaluate_checkpoint",
+    "import_proposals",
     "launch",
     "propose_dataset",
     "setup",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from instseg_ext.evaluation import inference_mode, show_progress
 from instseg_ext.method import Method
 from instseg_ext.structures.rle import encode_masks
 
-__all__ = ["FORMS", "Found", "propose_dataset", "write_found"]
+__all__ = ["FORMS", "Found", "import_proposals", "propose_dataset", "write_found"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,76 @@ def propose_dataset(
     mapper = (method.build_mapper or data.build_mapper)(cfg, False)
     data.check_annotation_kind([dataset_name], mapper)
     loader = data.build_test_loader(cfg, dataset_name, mapper)
+    with inference_mode(model, "rle"):
+        _write(_found(model, loader, dataset_name, top), dataset_name, output, form)
+
+
+def import_proposals(
+    source: Path, dataset_name: str, output: Path, *, form: str = "torch", top: int | None = None
+) -> None:
+    """Write proposals that another program made for a data set.
+
+    Args:
+        source: see ``read_foreign_proposals``. Images that it does not name have no proposal.
+        dataset_name: registered.
+        output: see ``propose_dataset``, as ``form`` and ``top``.
+        form: one of ``FORMS``.
+        top: proposals of each image that are kept.
+
+    Raises:
+        FileNotFoundError: if the file or the annotations are missing.
+        ValueError: if the file cannot be read, or was not made for this data set.
+    """
+    found = data.read_foreign_proposals(source)
+    dicts = DatasetCatalog.get(dataset_name)
+    named = [d for d in dicts if str(d["image_id"]) in found]
+    if not named:
+        raise ValueError(
+            f"{source} holds proposals for {len(found)} images, none of which is of "
+            f"{dataset_name}: it was made for other data."
+        )
+    if len(named) < len(dicts):
+        logger.warning(
+            "%s names %d of the %d images of %s; the others have no proposal.",
+            source, len(named), len(dicts), dataset_name,
+        )  # fmt: skip
+    _write(_imported(found, dicts, top), dataset_name, output, form)
+
+
+def _imported(
+    found: Mapping[str, tuple], dicts: Sequence[Mapping[str, Any]], top: int | None
+) -> Iterator[Found]:
+    """Yield what a file holds of each image of a data set."""
+    for record in dicts:
+        image_id = str(record["image_id"])
+        boxes, logits, rles = found.get(image_id, (torch.zeros(0, 4), torch.zeros(0), None))
+        size = [record["height"], record["width"]]
+        wrong = [rle["size"] for rle in rles or () if rle["size"] != size]
+        if wrong:
+            raise ValueError(
+                f"Image {image_id} is {size} pixels (height, width), and its proposals have masks "
+                f"of {wrong[0]}: they were made for other data."
+            )
+        keep = _best(logits, top)
+        yield (
+            image_id,
+            boxes[keep],
+            logits[keep],
+            None if rles is None else [rles[row] for row in keep.tolist()],
+        )
+
+
+def _best(logits: Tensor, top: int | None) -> Tensor:
+    """Return the rows of the best finite logits, best first."""
+    order = logits.argsort(descending=True, stable=True)
+    return order[logits[order].isfinite()][:top]
+
+
+def _write(found: Iterator[Found], dataset_name: str, output: Path, form: str) -> None:
+    """Write what all processes find in the form that is asked for."""
     file = output if form == "torch" else output.with_name(f".{output.name}.proposals")
     try:
-        with inference_mode(model, "rle"):
-            write_found(file, _found(model, loader, dataset_name, top))
+        write_found(file, found)
         if comm.is_main_process():
             _finish(data.ProposalFile(file), dataset_name, output, form)
     finally:
@@ -125,8 +191,7 @@ def _proposals(
         boxes = instances.pred_boxes.tensor
         # In float64, where certain and nearly certain detections still differ.
         logits = torch.logit(instances.scores.double(), eps=1e-12).float()
-    order = logits.argsort(descending=True, stable=True)
-    keep = order[logits[order].isfinite()][:top]
+    keep = _best(logits, top)
     rles = None
     if instances.has("pred_masks_rle"):
         rles = [instances.pred_masks_rle[row] for row in keep.tolist()]

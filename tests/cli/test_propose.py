@@ -168,3 +168,38 @@ def test_what_two_processes_find_becomes_one_file(tmp_path, monkeypatch):
     assert joined.masks(1) == masks
     assert joined[1][0].tolist() == [[1.0] * 4]
     assert list(tmp_path.iterdir()) == [file]
+
+
+def imported(tmp_path, output, results, *words):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    return run(output, "--from-file", path, *words)
+
+
+def test_proposals_of_another_program(blobs, tmp_path, caplog):
+    """The others of the data set's images have none; masks come along."""
+    mask = encode_masks(np.ones((1, 60, 90), dtype=bool))[0]
+    results = [
+        {"image_id": 42, "score": score, "segmentation": mask, "bbox": [0, 0, 90, 60]}
+        for score in (0.2, 0.7)
+    ]
+    with caplog.at_level(logging.WARNING):
+        assert imported(tmp_path, blobs, results, "--top", 1) == 0
+    assert f"names 1 of the 3 images of {NAME}" in caplog.text
+    found = data.ProposalFile(blobs)
+    assert found.ids == ["40", "41", "42"]
+    assert found[42][1].sigmoid().tolist() == pytest.approx([0.7])
+    assert found.masks(42) == [mask]
+    assert found.masks(40) == []
+
+
+def test_proposals_for_other_data_are_refused(blobs, tmp_path):
+    mask = encode_masks(np.ones((1, 9, 9), dtype=bool))[0]
+    result = {"image_id": 42, "score": 0.5, "segmentation": mask}
+    with pytest.raises(ValueError, match=r"Image 42 is \[60, 90\] pixels .* masks of \[9, 9\]"):
+        imported(tmp_path, blobs, [result])
+    with pytest.raises(ValueError, match=r"for 1 images, none of which is of blobs"):
+        imported(tmp_path, blobs, [{**result, "image_id": 1}])
+    with pytest.raises(ValueError, match=r"--from-file needs no model"):
+        imported(tmp_path, blobs, [result], "--weights", "model.pth")
+    assert not blobs.exists()
