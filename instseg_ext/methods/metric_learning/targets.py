@@ -68,6 +68,5 @@ def class_targets(
             best, which = iou.max(dim=1)
             per_tau.append(by_object[torch.where(best >= min_iou, which, num_objects)])
         targets.append(torch.stack(per_tau, dim=1))
-    result = torch.cat(targets)
-    result[sample.owners == num_objects] = num_classes
-    return result
+    in_background = (sample.owners == num_objects)[:, None]
+    return torch.where(in_background, num_classes, torch.cat(targets))
