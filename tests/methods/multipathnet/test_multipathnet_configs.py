@@ -1,5 +1,6 @@
 """Published recipes, project choices, and what a config may not say."""
 
+import re
 import shlex
 
 import pytest
@@ -70,6 +71,15 @@ def test_released_model():
     assert trained <= {"res3", "res4"} | {"0", "1"}
     frozen = {n.split(".")[0] for n, p in model.backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"stem", "res2"}
+
+
+@pytest.mark.parametrize(("name", "feature"), [(VGG, "conv5"), (R_18, "res4")])
+def test_published_networks_with_an_rpn(name, feature):
+    """With the options that the page gives."""
+    (line,) = re.findall("^MODEL.PROPOSAL_GENERATOR.NAME RPN .*$", PROJECT.text, re.MULTILINE)
+    model = build(PROJECT.config(name, *shlex.split(line.replace("MAP", feature))))
+    assert model.proposal_generator.in_features == [feature]
+    assert not model.proposal_masks
 
 
 def test_laptop_size():
