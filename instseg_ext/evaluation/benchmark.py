@@ -50,7 +50,8 @@ def synthetic_batch(size_hw: tuple[int, int], batch: int, seed: int = 0) -> list
 def build_floor(model: nn.Module, batch: Sequence[Mapping[str, Any]]) -> Callable[[], None]:
     """Make a function that runs the network parts of ``model`` once, on inputs fixed now.
 
-    Dense models: ``backbone`` and ``head``. Two-stage models: one ordinary run records what the
+    Dense models: ``backbone`` and ``head``, on one batch or on what the model's ``network_inputs``
+    gives, if it has that. Two-stage models: one ordinary run records what the
     backbone, the RPN's head and the ROI heads' parts are given, and these are run on that. Likewise
     the backbone and ``sem_seg_head`` of models of label maps.
 
@@ -62,8 +63,16 @@ def build_floor(model: nn.Module, batch: Sequence[Mapping[str, Any]]) -> Callabl
         A function without arguments; call it without gradients, under ``model_precision(model)``.
     """
     if hasattr(model, "head"):
-        tensor = model.preprocess_image(batch).tensor
-        return lambda: model.head(model.backbone(tensor))
+        if hasattr(model, "network_inputs"):
+            tensors = model.network_inputs(batch)
+        else:
+            tensors = [model.preprocess_image(batch).tensor]
+
+        def run_dense() -> None:
+            for tensor in tensors:
+                model.head(model.backbone(tensor))
+
+        return run_dense
     parts = _network_parts(model)
     recorded = _record(model, parts, batch)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec, move_device_like, nms
+from detectron2.layers import ShapeSpec, move_device_like
 from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
@@ -19,6 +19,7 @@ from instseg_ext.methods.deepmask.heads import DeepMaskHead, WindowMaps
 from instseg_ext.methods.deepmask.inference import (
     Windows,
     choose_windows,
+    drop_proposals,
     gather_windows,
     legacy_cells,
     place_windows,
@@ -281,11 +282,18 @@ class DeepMask(DenseInstanceSegmenter):
         """
         maps = []
         for scale in self.inference_options.scales:
-            scaled = resize_and_pad(image.float(), scale, self.window_size // 2)
-            scaled = (scaled - self.pixel_mean) / self.pixel_std
             with self.precision():
-                maps.append(self.head(self.backbone(self.to_memory_format(scaled[None]))))
+                maps.append(self.head(self.backbone(self._scaled(image, scale))))
         return maps
+
+    def network_inputs(self, batched_inputs: list[dict]) -> list[Tensor]:
+        """Return what the trunk is given in inference, (1, C, H, W) for each image and scale."""
+        images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
+        return [self._scaled(image, s) for image in images for s in self.inference_options.scales]
+
+    def _scaled(self, image: Tensor, scale: float) -> Tensor:
+        scaled = resize_and_pad(image.float(), scale, self.window_size // 2)
+        return self.to_memory_format(((scaled - self.pixel_mean) / self.pixel_std)[None])
 
     @torch.no_grad()
     def inference(
@@ -359,7 +367,7 @@ class DeepMask(DenseInstanceSegmenter):
         found.pred_classes = torch.zeros_like(windows.scale)
         found.set("pred_masks" if isinstance(masks, Tensor) else "pred_masks_rle", masks)
         found.objectness_logits = windows.logits
-        return _kept(found, options.nms_thresh)
+        return drop_proposals(found, options.nms_thresh)
 
     def window_masks(
         self, maps: list[WindowMaps], windows: Windows
@@ -381,12 +389,3 @@ class DeepMask(DenseInstanceSegmenter):
                 return self.head.mask(codes[index]).float()
 
         return logits, self.head.mask.out_size, 128
-
-
-def _kept(found: Instances, nms_thresh: float) -> Instances:
-    """Return the instances that have a mask and are not suppressed."""
-    boxes = found.pred_boxes.tensor
-    found = found[boxes[:, 2] > boxes[:, 0]]
-    if nms_thresh < 1:
-        found = found[nms(found.pred_boxes.tensor, found.scores, nms_thresh)]
-    return found

@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers import nms
+from detectron2.structures import Instances
 from torch import Tensor
 
 from instseg_ext.layers.window_paste import WindowAxis, aligned_axis, centred_axis
@@ -21,6 +23,7 @@ __all__ = [
     "PAD_VALUE",
     "Windows",
     "choose_windows",
+    "drop_proposals",
     "gather_windows",
     "legacy_cells",
     "place_windows",
@@ -191,3 +194,17 @@ def place_windows(
         for dim, index in enumerate((windows.row, windows.col))
     )
     return rows, cols
+
+
+def drop_proposals(found: Instances, nms_thresh: float) -> Instances:
+    """Drop the proposals without a mask, and those that a better one suppresses.
+
+    Args:
+        found: ``pred_boxes`` tight around the masks, ``scores``, and more.
+        nms_thresh: IoU of boxes above which the lower one is dropped; 1 keeps all.
+    """
+    boxes = found.pred_boxes.tensor
+    found = found[boxes[:, 2] > boxes[:, 0]]
+    if nms_thresh < 1:
+        found = found[nms(found.pred_boxes.tensor, found.scores, nms_thresh)]
+    return found

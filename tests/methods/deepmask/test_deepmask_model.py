@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from instseg_ext import zoo
 from instseg_ext.checkpoint import InstSegCheckpointer
 from instseg_ext.engine import Trainer
+from instseg_ext.evaluation.benchmark import build_floor
 
 MODELS = pytest.mark.parametrize("make", [model_of, sharp_model_of], ids=["DeepMask", "SharpMask"])
 
@@ -83,6 +84,19 @@ def test_sharpmask_starts_from_a_deepmask(tmp_path):
     state = second.state_dict()
     assert all(torch.equal(state[name], value) for name, value in first.state_dict().items())
     assert all(torch.equal(p, drawn[name]) for name, p in second.head.refine.state_dict().items())
+
+
+def test_floor_of_the_benchmark_is_the_network_at_every_scale():
+    model = model_of().eval()
+    images = [picture(48, 64), picture(33, 90, seed=1)]
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        build_floor(model, images)()
+        floor, seen[:] = list(seen), []
+        model(images)
+    assert len(floor) == 4
+    assert all(torch.equal(a, b) for a, b in zip(floor, seen, strict=True))
 
 
 def test_class_agnostic():
