@@ -20,6 +20,7 @@ class PatchIndex:
     """The annotations of a training set, sorted for drawing.
 
     Attributes:
+        sizes_hw: (N, 2) int64, height and width of each image.
         starts: (N + 1,) int64; image i has the annotations ``starts[i]`` to ``starts[i + 1]``.
         images: (A,) int64, the image of each annotation.
         categories: (A,) int64.
@@ -41,8 +42,12 @@ class PatchIndex:
             min_area: usable objects have at least this annotated area in pixels of the image file;
                 that of the mask where no area is annotated.
             min_side: the box of usable objects is at least this wide and high.
+
+        Raises:
+            ValueError: if the size of an image is not known.
         """
         boxes, entries, counts = [np.zeros((0, 4))], [], []
+        self.sizes_hw = np.array([_size(record) for record in dicts], dtype=np.int64).reshape(-1, 2)
         for record in dicts:
             annotations = record.get("annotations") or []
             boxes.append(annotation_boxes(annotations))
@@ -120,6 +125,16 @@ def zoom_steps(octaves: np.ndarray, step: float) -> np.ndarray:
     if step == 0:
         return octaves
     return (np.floor(octaves / step) + 1) * step
+
+
+def _size(record: dict) -> tuple[int, int]:
+    """Return the height and width of an image."""
+    if "height" not in record or "width" not in record:
+        raise ValueError(
+            f"The data set does not say how large image {record.get('file_name', '?')} is: patches "
+            "are drawn by sizes, so its dictionary needs 'height' and 'width'."
+        )
+    return record["height"], record["width"]
 
 
 def _entry(annotation: dict, record: dict) -> tuple[float, float, float, float]:

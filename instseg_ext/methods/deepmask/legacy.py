@@ -36,9 +36,9 @@ _NEAR_SHIFTS = 3
 class LegacyWindowSampler(WindowSampler):
     """Draws windows as the authors' code does."""
 
-    def __init__(self, index: PatchIndex, sizes_hw: np.ndarray, geometry: Geometry):
+    def __init__(self, index: PatchIndex, geometry: Geometry):
         """See the base class."""
-        super().__init__(index, sizes_hw, geometry)
+        super().__init__(index, geometry)
         self.indexed = np.abs(self.zooms) <= _MOST_STEPS * geometry.scale
         self._with_indexed = np.unique(index.images[self.indexed])
 
@@ -69,7 +69,7 @@ class LegacyWindowSampler(WindowSampler):
     def negative(self, image: int, generator: np.random.Generator) -> Patch:
         """Draw a patch that is negative as far as the authors' comparison sees, or the last try."""
         zooms = generator.choice(NEGATIVE_ZOOMS, size=TRIES)
-        extent = self.sizes_hw[image][::-1] * 2.0 ** zooms[:, None]
+        extent = self.index.sizes_hw[image][::-1] * 2.0 ** zooms[:, None]
         centres = generator.integers(1, np.maximum(extent.astype(np.int64), 1), endpoint=True)
         rows = self.index.of_image(image)
         rows = np.arange(rows.start, rows.stop)[self.indexed[rows]]
@@ -87,7 +87,7 @@ class LegacyWindowSampler(WindowSampler):
     def _window(self, image: int, centre: np.ndarray, zoom: float) -> Window:
         """Return a window of whole pixels around a pixel that is counted from 1."""
         side = self.side(zoom)
-        x, y = np.clip(centre, 1, self.sizes_hw[image][::-1])
+        x, y = np.clip(centre, 1, self.index.sizes_hw[image][::-1])
         half = math.floor(side / 2)
         return Window(math.floor(x) - half - 1, math.floor(y) - half - 1, math.floor(side))
 

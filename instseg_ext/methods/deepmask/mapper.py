@@ -294,7 +294,6 @@ def build_patch_source(cfg: CfgNode, dicts: list[dict], seed: int) -> PatchSourc
     """
     geometry, node = geometry_from_config(cfg), cfg.MODEL.DEEPMASK
     index = index_from_config(cfg, dicts, str(list(cfg.DATASETS.TRAIN)))
-    sizes_hw = np.array([(record["height"], record["width"]) for record in dicts])
     sampler = LegacyWindowSampler if node.LEGACY_SAMPLER else WindowSampler
     plan = HeadPlan(node.SCORE_FREQ, cfg.SOLVER.IMS_PER_BATCH, alternate=node.ALTERNATE, seed=seed)
     if comm.is_main_process():
@@ -309,7 +308,7 @@ def build_patch_source(cfg: CfgNode, dicts: list[dict], seed: int) -> PatchSourc
         photometric=photometric,
         geometric=geometric,
     )
-    return PatchSource(sampler(index, sizes_hw, geometry), plan, cutter)
+    return PatchSource(sampler(index, geometry), plan, cutter)
 
 
 def _augmentations(cfg: CfgNode) -> tuple[list[T.Augmentation], list[T.Augmentation]]:

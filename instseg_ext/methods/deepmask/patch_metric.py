@@ -58,8 +58,7 @@ def evaluate_patches(
         ValueError: if no object is large enough.
     """
     geometry, index = geometry_from_config(cfg), index_from_config(cfg, dicts, name)
-    sizes_hw = np.array([(record["height"], record["width"]) for record in dicts])
-    windows = WindowSampler(index, sizes_hw, geometry)
+    windows = WindowSampler(index, geometry)
     cutter = PatchCutter(dicts, index, geometry, ImageCache(cfg.INPUT.FORMAT, _CACHE_BYTES))
     objects = np.flatnonzero(index.usable)
     generator = np.random.default_rng(_SEED)

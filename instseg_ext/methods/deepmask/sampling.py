@@ -77,15 +77,14 @@ class WindowSampler:
     an object anywhere.
     """
 
-    def __init__(self, index: PatchIndex, sizes_hw: np.ndarray, geometry: Geometry):
+    def __init__(self, index: PatchIndex, geometry: Geometry):
         """Keep index and geometry.
 
         Args:
             index: of the training set.
-            sizes_hw: (N, 2) height and width of each image.
             geometry: sizes and distances.
         """
-        self.index, self.sizes_hw, self.geometry = index, sizes_hw, geometry
+        self.index, self.geometry = index, geometry
         self.zooms = zoom_steps(index.octaves, geometry.scale)
 
     def mask_patch(self, generator: np.random.Generator) -> Patch:
@@ -132,7 +131,7 @@ class WindowSampler:
         """Draw a patch in the middle of which is no object of canonical size."""
         for _ in range(TRIES // _AT_ONCE):
             zooms = NEGATIVE_ZOOMS[generator.integers(len(NEGATIVE_ZOOMS), size=_AT_ONCE)]
-            centres = generator.random((_AT_ONCE, 2)) * self.sizes_hw[image][::-1]
+            centres = generator.random((_AT_ONCE, 2)) * self.index.sizes_hw[image][::-1]
             free = self.is_negative(image, centres, zooms)
             if free.any():
                 chosen = int(free.argmax())

@@ -42,8 +42,7 @@ def index_of(dicts, **limits):
 
 
 def sampler_of(dicts, kind=WindowSampler, **limits):
-    sizes = np.array([(d["height"], d["width"]) for d in dicts])
-    return kind(index_of(dicts, **limits), sizes, GEOMETRY)
+    return kind(index_of(dicts, **limits), GEOMETRY)
 
 
 @pytest.fixture
@@ -85,8 +84,14 @@ def test_an_area_that_is_not_annotated_is_counted():
 
 
 def test_sets_without_annotations_have_an_index():
-    index = index_of([picture(), {"file_name": "x", "height": 4, "width": 4}])
+    index = index_of([picture(), {"file_name": "x", "height": 4, "width": 5}])
     assert (index.num_images, len(index.boxes), len(index.octaves)) == (2, 0, 0)
+    assert index.sizes_hw.tolist() == [[480, 640], [4, 5]]
+
+
+def test_images_of_unknown_size_are_named():
+    with pytest.raises(ValueError, match=r"how large image lost\.png is"):
+        index_of([picture(), {"file_name": "lost.png", "width": 4}])
 
 
 @pytest.mark.parametrize(("longest", "zoom"), [(92, 0.25), (93, 0.0), (184, -0.75)])
