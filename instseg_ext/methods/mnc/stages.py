@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec
-from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
 from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
 from instseg_ext.modeling.features import check_features
 from instseg_ext.modeling.poolers import RegionPooler, build_pooler
+from instseg_ext.modeling.res5_tower import Res5Tower, build_res5_tower
 
 __all__ = [
     "Classified",
@@ -127,21 +127,6 @@ class FCTower(nn.Module):
         return self.fc2(self.fc1(x).relu_()).relu_()
 
 
-class Res5Tower(nn.Module):
-    """The last stage of a ResNet, averaged over the region."""
-
-    def __init__(self, blocks: nn.Module, out_dim: int) -> None:
-        """Keep the blocks, the first of which halves the region, and their number of channels."""
-        super().__init__()
-        # Not named res5: both towers would ask for the one last stage of an ImageNet model.
-        self.blocks = blocks
-        self.out_dim = out_dim
-
-    def forward(self, regions: Tensor) -> Tensor:
-        """Map (R, C, P, P) to (R, out_dim)."""
-        return self.blocks(regions).mean(dim=(2, 3))
-
-
 def build_tower(cfg: CfgNode, channels: int) -> FCTower | Res5Tower:
     """Build one of the two towers from ``MODEL.MNC.TOWER``.
 
@@ -155,25 +140,12 @@ def build_tower(cfg: CfgNode, channels: int) -> FCTower | Res5Tower:
     node = cfg.MODEL.MNC
     if node.TOWER == "fc":
         return FCTower(channels, node.POOL_SIZE, cfg.MODEL.ROI_BOX_HEAD.FC_DIM)
-    nets = cfg.MODEL.RESNETS
-    out_dim = nets.RES2_OUT_CHANNELS * 8
-    if nets.DEPTH < 50 or channels * 2 != out_dim:
-        raise ValueError(
-            "MODEL.MNC.TOWER res5 reads res4 of a ResNet of 50 layers or more: set "
-            "MODEL.ROI_HEADS.IN_FEATURES to ['res4'] of such a backbone, or TOWER to fc."
-        )
-    blocks = ResNet.make_stage(
-        BottleneckBlock,
-        3,
-        stride_per_block=[2, 1, 1],
-        in_channels=channels,
-        bottleneck_channels=nets.NUM_GROUPS * nets.WIDTH_PER_GROUP * 8,
-        out_channels=out_dim,
-        num_groups=nets.NUM_GROUPS,
-        norm=nets.NORM,
-        stride_in_1x1=nets.STRIDE_IN_1X1,
+    return build_res5_tower(
+        cfg,
+        channels,
+        tower_key="MODEL.MNC.TOWER",
+        features_key="MODEL.ROI_HEADS.IN_FEATURES",
     )
-    return Res5Tower(nn.Sequential(*blocks), out_dim)
 
 
 class Classified(NamedTuple):

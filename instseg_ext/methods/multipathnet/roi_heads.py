@@ -23,11 +23,11 @@ from instseg_ext.methods.multipathnet.towers import (
     MultiPathBoxHead,
     SharedLayers,
     Tower,
-    build_res5_tower,
 )
 from instseg_ext.modeling.features import check_features
 from instseg_ext.modeling.poolers import build_pooler
 from instseg_ext.modeling.rcnn import InstSegROIHeads, share_masks
+from instseg_ext.modeling.res5_tower import build_res5_tower
 
 __all__ = ["MultiPathROIHeads"]
 
@@ -217,7 +217,15 @@ def _build_towers(cfg: CfgNode, views: Sequence[View], channels: Sequence[int]) 
     """Build the towers of ``views`` on maps of these channels, from ``MODEL.MULTIPATH``."""
     node, box = cfg.MODEL.MULTIPATH, cfg.MODEL.ROI_BOX_HEAD
     if node.TOWER == "res5":
-        towers = [build_res5_tower(cfg, channels[0]) for _ in views]
+        towers = [
+            build_res5_tower(
+                cfg,
+                channels[0],
+                tower_key="MODEL.MULTIPATH.TOWER",
+                features_key="MODEL.MULTIPATH.IN_FEATURES",
+            )
+            for _ in views
+        ]
         return MultiPathBoxHead(towers, het=node.HET)
     copied = channels[0] if node.SKIP_NORM == "constant" else 0
     size, out_dim, dropout = box.POOLER_RESOLUTION, box.FC_DIM, node.DROPOUT

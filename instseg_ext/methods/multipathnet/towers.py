@@ -11,23 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode
-from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
+
+from instseg_ext.modeling.res5_tower import Res5Tower
 
 __all__ = [
     "Mixer",
     "MultiPathBoxHead",
     "RegionFeatures",
-    "Res5Tower",
     "SharedLayers",
     "Tower",
-    "build_res5_tower",
 ]
 
-# Blocks in the last stage of a ResNet of this depth.
-_RES5_BLOCKS = {18: 2, 34: 3, 50: 3, 101: 3, 152: 3}
 # First parts of the names in a tower, and what ImageNet models call these layers.
 _IMAGENET_NAMES = {"fc6": "fc6", "fc7": "fc7", "blocks": "res5"}
 
@@ -133,54 +129,6 @@ def _run_layers(x: Tensor, layers: Sequence[nn.Module], dropout: float, training
     return x
 
 
-class Res5Tower(nn.Module):
-    """The last stage of a ResNet, averaged over the region."""
-
-    def __init__(self, blocks: Sequence[nn.Module], out_dim: int) -> None:
-        """Keep the blocks, the first of which halves the region, and their number of channels."""
-        super().__init__()
-        # Not named res5: every tower would ask for the one last stage of an ImageNet model.
-        self.blocks, self.out_dim = nn.Sequential(*blocks), out_dim
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Turn the features of a single map, (R, C, P, P), into (R, D)."""
-        return self.blocks(maps[0]).mean(dim=(2, 3))
-
-
-def build_res5_tower(cfg: CfgNode, channels: int) -> Res5Tower:
-    """Build a tower of the last stage of the ResNet in ``MODEL.RESNETS``.
-
-    Args:
-        cfg: the config.
-        channels: C.
-
-    Raises:
-        ValueError: if the map is not that of the stage before.
-    """
-    nets = cfg.MODEL.RESNETS
-    out_dim = nets.RES2_OUT_CHANNELS * 8
-    if nets.DEPTH not in _RES5_BLOCKS or channels * 2 != out_dim:
-        raise ValueError(
-            "MODEL.MULTIPATH.TOWER res5 reads res4 of a ResNet: set MODEL.MULTIPATH.IN_FEATURES "
-            "to ['res4'] of such a backbone, or TOWER to fc."
-        )
-    blocks = _RES5_BLOCKS[nets.DEPTH]
-    options: dict[str, Any] = {
-        "stride_per_block": [2] + [1] * (blocks - 1),
-        "in_channels": channels,
-        "out_channels": out_dim,
-        "norm": nets.NORM,
-    }
-    if nets.DEPTH < 50:
-        return Res5Tower(ResNet.make_stage(BasicBlock, blocks, **options), out_dim)
-    options |= {
-        "bottleneck_channels": nets.NUM_GROUPS * nets.WIDTH_PER_GROUP * 8,
-        "num_groups": nets.NUM_GROUPS,
-        "stride_in_1x1": nets.STRIDE_IN_1X1,
-    }
-    return Res5Tower(ResNet.make_stage(BottleneckBlock, blocks, **options), out_dim)
-
-
 class MultiPathBoxHead(nn.Module):
     """The towers of all crops, and the one of the boxes behind them if there is one."""
 
@@ -206,7 +154,10 @@ class MultiPathBoxHead(nn.Module):
         Args:
             pooled: of ``FovealPooler``.
         """
-        outputs = [tower(maps) for tower, maps in zip(self.towers, pooled, strict=True)]
+        outputs = [
+            tower(maps[0] if isinstance(tower, Res5Tower) else maps)
+            for tower, maps in zip(self.towers, pooled, strict=True)
+        ]
         if self.shared is not None:
             outputs = [self.shared(x) for x in outputs]
         boxes = outputs.pop() if self.het else None

@@ -67,7 +67,7 @@ def test_acceptance_check_7_one_of_each_is_fast_rcnn():
     head = FastRCNNConvFCHead(ShapeSpec(8, 7, 7), conv_dims=[], fc_dims=[32, 32])
     theirs = StandardROIHeads(
         box_in_features=["p4"],
-        box_pooler=ROIPooler(7, (1 / 16,), 0, "ROIAlignV2"),
+        box_pooler=ROIPooler(7, (1 / 16,), 2, "ROIAlignV2"),
         box_head=head,
         box_predictor=FastRCNNOutputLayers(
             head.output_shape, box2box_transform=TRANSFORM, num_classes=3, smooth_l1_beta=1.0
