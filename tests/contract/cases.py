@@ -40,6 +40,15 @@ TINY_RCNN = (
     "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40,
     "MODEL.RPN.POST_NMS_TOPK_TEST", 40,
 )  # fmt: skip
+TINY_DEEPMASK = (
+    "MODEL.DEEPMASK.INPUT_SIZE", 32,
+    "MODEL.DEEPMASK.OUT_SIZE", 12,
+    "MODEL.DEEPMASK.GT_SIZE", 32,
+    "MODEL.DEEPMASK.REDUCE_DIM", 8,
+    "MODEL.DEEPMASK.CODE_DIM", 16,
+    "MODEL.DEEPMASK.SCORE_DIM", 16,
+    "MODEL.DEEPMASK.TEST_SCALES", [0.5, 1.0],
+)  # fmt: skip
 # Fresh masks of the first SOLO are at the prior everywhere: put them above the mask threshold, also
 # as a product of two, and the scores below theirs.
 FULL_MASKS = (*TINY_SOLO, "MODEL.SOLO.PRIOR_PROB", 0.8, "MODEL.SOLO.SCORE_THRESH", 0.99)
@@ -56,15 +65,22 @@ class Case:
         sees_padding: padding changes the result. Coordinate channels and group normalisation see it
             everywhere; plain convolutions do within their receptive field, since a bias or a
             normalisation makes padded pixels non-zero.
+        patches: side of the image and of the mask of a training sample, where these are patches
+            around one object.
     """
 
     name: str
     config: str
     opts: tuple
     sees_padding: bool = False
+    patches: tuple[int, int] | None = None
 
     def cfg(self, *opts):
         return instseg_ext.get_config(self.config, [*TINY_RESNET, *self.opts, *opts])
+
+    def samples(self, scene):
+        """Return the training samples of a scene."""
+        return [patch_of(image, *self.patches) for image in scene] if self.patches else scene
 
 
 CASES = [
@@ -146,6 +162,26 @@ CASES = [
         ),
         sees_padding=True,
     ),
+    Case("DeepMask", "DeepMask/nuclei_deepmask_R_18", TINY_DEEPMASK, patches=(64, 32)),
+    Case("SharpMask", "DeepMask/nuclei_sharpmask_R_18", TINY_DEEPMASK, patches=(64, 32)),
+    Case(
+        "MultiPathNet",
+        "MultiPathNet/nuclei_multipathnet_R_18_FPN",
+        (*TINY_RCNN, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.MULTIPATH.MIX_DIM", 8),
+        sees_padding=True,
+    ),
+    Case(
+        "DeepMetric",
+        "MetricLearning/nuclei_metric_R_18",
+        (
+            "MODEL.DEEP_METRIC.HEAD_DIM", 32,
+            "MODEL.DEEP_METRIC.EMBED_DIM", 4,
+            # Fresh masks are small and equal.
+            "MODEL.DEEP_METRIC.MIN_CELLS", 1,
+            "MODEL.DEEP_METRIC.MASK_NMS", 1.0,
+        ),
+        sees_padding=True,
+    ),
 ]  # fmt: skip
 
 
@@ -173,3 +209,22 @@ def blobs(height: int, width: int, boxes: list[tuple[int, int, int, int]]) -> di
         "width": width,
         "file_name": "blobs",
     }
+
+
+def patch_of(image: dict, side: int, mask_side: int) -> dict:
+    """Return a patch for the mask of an image's first object, or, without objects, for its score.
+
+    Args:
+        image: a training sample of ``blobs``.
+        side: of the patch.
+        mask_side: of the mask.
+    """
+
+    def resized(values: torch.Tensor, size: int) -> torch.Tensor:
+        return torch.nn.functional.interpolate(values[None].float(), size=(size, size))[0]
+
+    patch = {"image": resized(image["image"], side), "file_name": image["file_name"]}
+    masks = image["instances"].gt_masks.tensor[:1]
+    if len(masks):
+        return {**patch, "is_mask": True, "target": resized(masks, mask_side)[0] > 0}
+    return {**patch, "is_mask": False, "label": -1.0}

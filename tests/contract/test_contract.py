@@ -77,8 +77,8 @@ def eager_model(first_eager_model):
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_losses_are_finite_and_reach_every_parameter(model, scene):
-    losses = model.train()(SCENES[scene])
+def test_losses_are_finite_and_reach_every_parameter(case, model, scene):
+    losses = model.train()(case.samples(SCENES[scene]))
     assert losses
     for name, value in losses.items():
         assert name.startswith("loss_"), name
@@ -166,7 +166,7 @@ def test_padding(case, eager_model):
 
 def test_bf16_on_cpu(case):
     model = build_model(low_thresholds(case.cfg("INSTSEG.PRECISION", "bf16")))
-    losses = model.train()(SCENES["objects"])
+    losses = model.train()(case.samples(SCENES["objects"]))
     assert all(value.dtype is torch.float32 for value in losses.values())
     sum(losses.values()).backward()
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_training_step_is_deterministic(case):
         torch.manual_seed(7)
         model = build_model(case.cfg()).train()
         torch.manual_seed(8)
-        losses = model(SCENES["objects"])
+        losses = model(case.samples(SCENES["objects"]))
         sum(losses.values()).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
