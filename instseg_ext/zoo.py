@@ -31,6 +31,7 @@ from instseg_ext.methods import (  # noqa: E402
     panet,
     pointrend,
     polarmask,
+    sds,
     solo,
     yolact,
 )
@@ -57,6 +58,7 @@ METHODS: tuple[Method, ...] = (
     deepmask.METHOD,
     multipathnet.METHOD,
     metric_learning.METHOD,
+    sds.METHOD,
     mask_rcnn.METHOD,
 )
 

@@ -29,6 +29,7 @@ FAMILIES = (
     "multipathnet-torch7",
     "panet",
     "polarmask",
+    "sds-caffe",
     "solo-authors",
     "solo-mmdet",
     "torchvision",

@@ -17,6 +17,7 @@ _COMMANDS = (
     "instseg_ext.doctor",
     "instseg_ext.cli.train",
     "instseg_ext.cli.train_alternating",
+    "instseg_ext.cli.train_sds",
     "instseg_ext.cli.predict",
     "instseg_ext.cli.propose",
     "instseg_ext.cli.propose_regions",

@@ -15,8 +15,8 @@ __all__ = ["LinearSvm", "MinedSvm", "SvmOptions", "fit_svm"]
 # Samples that are updated together: their products fit into a cache, and the steps among them cost
 # as much as their number instead of as many as there are features.
 _BLOCK = 128
-# Steps inside a block before the next one has its turn, in units of its samples; and the part of the
-# largest violation at which it has its turn earlier.
+# Steps inside a block before the next one has its turn, in units of its samples; and the part of
+# the largest violation at which it has its turn earlier.
 _STEPS = 2
 _CARE = 0.1
 
@@ -182,9 +182,9 @@ class MinedSvm:
 
     Attributes:
         options: settings.
-        positives: (P, D) float, which may be replaced.
-        negatives: (N, D) float.
-        keys: (N,) int64, which sample of the data set each negative is.
+        positives: (P, D) float, in whose precision negatives are kept, too.
+        negatives: (N, D) float, those of the last fit.
+        keys: int64, which samples of the data set they and those that have joined since are.
         model: of the last fit; None before it.
         pending: negatives that have joined since.
     """
@@ -196,6 +196,7 @@ class MinedSvm:
     model: LinearSvm | None = field(default=None, init=False)
     pending: int = field(default=0, init=False)
     _duals: np.ndarray = field(init=False)
+    _joining: list[np.ndarray] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         """Start without negatives."""
@@ -203,7 +204,7 @@ class MinedSvm:
         self.keys = np.zeros(0, dtype=np.int64)
         self._duals = np.zeros(0)
 
-    def add(self, features: np.ndarray, keys: np.ndarray) -> int:
+    def add(self, features: np.ndarray, keys: np.ndarray, among: np.ndarray | None = None) -> int:
         """Let those negatives join that are hard and not there yet.
 
         Before the first fit all are hard. Fits if enough have joined.
@@ -211,22 +212,28 @@ class MinedSvm:
         Args:
             features: (n, D) float.
             keys: (n,) int64.
+            among: (n,) bool, which of them are negatives; None = all.
 
         Returns:
             How many have joined.
         """
         new = ~np.isin(keys, self.keys)
+        new = new if among is None else new & among
         if self.model is not None:
-            scores = features.astype(np.float32) @ self.model.weight.astype(np.float32)
-            new &= scores + self.model.bias >= self.options.hard
+            new &= self._scores(features) >= self.options.hard
         count = int(new.sum())
-        self.negatives = np.concatenate([self.negatives, features[new]])
-        self.keys = np.concatenate([self.keys, keys[new]])
-        self._duals = np.concatenate([self._duals, np.zeros(count)])
-        self.pending += count
+        if count:
+            self._joining.append(features[new].astype(self.positives.dtype))
+            self.keys = np.concatenate([self.keys, keys[new]])
+            self.pending += count
         if self.model is None or self.pending > self.options.retrain:
             self.fit()
         return count
+
+    def _scores(self, features: np.ndarray) -> np.ndarray:
+        """Return (n,) float32 scores of the last model."""
+        weight = self.model.weight.astype(np.float32)
+        return features.astype(np.float32, copy=False) @ weight + np.float32(self.model.bias)
 
     def replace_positives(self, positives: np.ndarray) -> None:
         """Take other positives; what follows from them waits for the next fit."""
@@ -238,16 +245,15 @@ class MinedSvm:
         """Fit to what is there, from the last fit on, and let easy negatives leave."""
         num = len(self.positives)
         before = np.zeros(num)
-        if self.model is not None and len(self.model.duals) >= num > 0:
+        if self.model is not None and len(self.model.duals) >= num:
             before = self.model.duals[:num]
+        self.negatives = np.concatenate([self.negatives, *self._joining])
         features = np.concatenate([self.positives, self.negatives])
         positive = np.arange(len(features)) < num
-        duals = np.concatenate([before, self._duals])
-        model = self.model = fit_svm(features, positive, self.options, duals)
-        weight = model.weight.astype(np.float32)
-        scores = self.negatives.astype(np.float32) @ weight + model.bias
-        stay = scores > self.options.evict
+        duals = np.concatenate([before, self._duals, np.zeros(self.pending)])
+        self.model = fit_svm(features, positive, self.options, duals)
+        stay = self._scores(self.negatives) > self.options.evict
         self.negatives, self.keys = self.negatives[stay], self.keys[stay]
-        self._duals = model.duals[num:][stay]
-        self.pending = 0
-        return model
+        self._duals = self.model.duals[num:][stay]
+        self._joining, self.pending = [], 0
+        return self.model
