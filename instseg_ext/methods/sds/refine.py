@@ -5,6 +5,9 @@ Shapes: R regions, n superpixels, S x S cells of the coarse mask, D features, K 
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,29 +18,50 @@ __all__ = ["Refiner", "enlarge", "mask_cells", "superpixel_means"]
 
 
 def enlarge(boxes: Tensor, part: float) -> Tensor:
-    """Add ``part`` of its width or height to each side of (R, 4) XYXY boxes."""
+    """Add ``part`` of its width or height to each side of (R, 4) XYXY boxes; float64."""
+    # The edges of pixels and cells often meet: rounding would decide.
+    boxes = boxes.double()
     margin = (boxes[:, 2:] - boxes[:, :2]) * part
     return torch.cat([boxes[:, :2] - margin, boxes[:, 2:] + margin], dim=1)
 
 
 def _whole(boxes: Tensor) -> list[list[int]]:
     """Return boxes of whole pixels; rounds as MATLAB does, from the first pixel counted as 1."""
-    ends = torch.cat([boxes[:, :2] + 1, boxes[:, 2:]], dim=1).double()
+    ends = torch.cat([boxes[:, :2] + 1, boxes[:, 2:]], dim=1)
     ends = ends.sign() * (ends.abs() + 0.5).floor()
     ends[:, :2] -= 1
     return ends.long().tolist()
 
 
-def mask_cells(regions: RegionProposals, boxes: Tensor, size: int) -> Tensor:
-    """Resize what the boxes show of the regions' masks to a few cells, bicubically.
+@lru_cache(maxsize=4096)
+def _resize_weights(length: int, size: int) -> Tensor:
+    """Return (size, length) float32 weights of bicubic resizing with antialiasing.
 
-    Note:
-        MATLAB's ``imresize`` has the same kernel but mirrors the mask at its border, where this
-        leaves weights out.
+    As in MATLAB, the line goes on beyond its ends as its own mirror image.
+    """
+    scale = size / length
+    # Narrow kernels when enlarging, wide ones when averaging.
+    unit = min(scale, 1.0)
+    centre = (torch.arange(size, dtype=torch.float64) + 0.5) / scale - 0.5
+    taps = torch.arange(math.ceil(4 / unit) + 2)
+    place = (centre - 2 / unit).floor().long()[:, None] + taps
+    distance = (unit * (centre[:, None] - place)).abs()
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    weights = torch.where(distance <= 1, near, torch.where(distance <= 2, far, 0.0))
+    weights /= weights.sum(dim=1, keepdim=True)
+    place = place.remainder(2 * length)
+    place = torch.where(place < length, place, 2 * length - 1 - place)
+    matrix = torch.zeros((size, length), dtype=torch.float64)
+    return matrix.scatter_add_(1, place, weights).float()
+
+
+def mask_cells(regions: RegionProposals, boxes: Tensor, size: int) -> Tensor:
+    """Resize what the boxes show of the regions' masks to a few cells, as MATLAB's ``imresize``.
 
     Args:
         regions: R regions.
-        boxes: (R, 4) XYXY, one a region; a part beyond the image shows no region.
+        boxes: (R, 4) XYXY float64, one a region; a part beyond the image shows no region.
         size: S.
 
     Returns:
@@ -51,9 +75,8 @@ def mask_cells(regions: RegionProposals, boxes: Tensor, size: int) -> Tensor:
             continue
         inside = regions.members[:, row][regions.superpixels[top:bottom, left:right].long()]
         shown = F.pad(inside.float(), (left - x1, x2 - right, top - y1, y2 - bottom))
-        cells[row] = F.interpolate(
-            shown[None, None], size=(size, size), mode="bicubic", antialias=True
-        )[0, 0]
+        down, across = (_resize_weights(side, size).to(shown.device) for side in shown.shape)
+        cells[row] = down @ shown @ across.T
     return cells.flatten(1)
 
 
@@ -61,7 +84,8 @@ def _cell_of(near: float, far: float, length: int, size: int, legacy: bool) -> t
     """Return the first pixel between two ends, and the cell of each from there on."""
     # The authors' code asks for the cell of a pixel's right edge.
     place = torch.arange(length, dtype=torch.float64) + (1.0 if legacy else 0.5)
-    cell = ((place - near) * size / (far - near)).floor().long()
+    edges = near + torch.arange(size + 1, dtype=torch.float64) * (far - near) / size
+    cell = torch.bucketize(place, edges, right=True) - 1
     inside = (place > near) & (place <= far)
     first = int(inside.to(torch.uint8).argmax()) if bool(inside.any()) else length
     return first, cell[inside].clamp(0, size - 1)

@@ -43,7 +43,8 @@ def test_a_constant_mask_stays_constant(legacy):
 
 def test_box_with_context():
     boxes = torch.tensor([[100.0, 50.0, 295.0, 245.0]])
-    assert enlarge(boxes, 16 / 195).tolist() == [[84.0, 34.0, 311.0, 261.0]]
+    expected = torch.tensor([[84.0, 34.0, 311.0, 261.0]], dtype=torch.float64)
+    torch.testing.assert_close(enlarge(boxes, 16 / 195), expected)
 
 
 def test_mask_in_cells():
@@ -58,6 +59,18 @@ def test_mask_in_cells():
     first, second = cells.view(2, 10, 10)[:, :, columns]
     torch.testing.assert_close(first, expected, atol=0.02, rtol=0)
     torch.testing.assert_close(second, 1 - expected, atol=0.02, rtol=0)
+
+
+def test_mask_is_resized_as_by_matlab():
+    """The middle one of three rows, enlarged: by hand, from the kernel at 1/4, 3/4, 5/4 and 7/4.
+
+    The first row of cells sees it twice, once in the mirror.
+    """
+    regions = tiles(1, 3, [[3, 4, 5]])
+    cells = mask_cells(regions, torch.tensor([[0.0, 0.0, 3.0, 3.0]]), 6).view(6, 6)
+    half = [-0.0703125 - 0.0234375, 0.2265625, 0.8671875]
+    expected = torch.tensor(half + half[::-1])[:, None].expand(6, 6)
+    torch.testing.assert_close(cells, expected, atol=1e-6, rtol=0)
 
 
 def test_no_weight_on_the_coarse_mask_keeps_the_region():
