@@ -35,11 +35,12 @@ demo: env  ## train on real images, evaluate, draw (about 10 minutes on 2 cores)
 	@echo "Scores are in $(DEMO_OUTPUT)/results.json."
 	@echo "Pictures: open $(DEMO_OUTPUT)/pictures/contact_sheet.png"
 
+# Two at a time with one thread each: small models gain little from threads.
 test: env  ## run the tests (without the slow ones)
-	$(RUN) -m pytest -q $(TEST_OPTS)
+	$(RUN) -m pytest -q -n 2 --dist worksteal $(TEST_OPTS)
 
-test-slow: env  ## run the slow tests, two at a time (about half an hour on 2 cores)
-	$(RUN) -m pytest -q -m slow -n 2 --dist worksteal $(TEST_OPTS)
+test-slow: env  ## run the slow tests (about half an hour on 2 cores)
+	$(RUN) -m pytest -q -n 2 --dist worksteal -m slow $(TEST_OPTS)
 
 lint: env  ## check style and formatting
 	$(RUN) -m ruff check .

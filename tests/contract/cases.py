@@ -171,6 +171,17 @@ CASES = [
         sees_padding=True,
     ),
     Case(
+        "SDS",
+        "SDS/nuclei_sds_R_18",
+        (
+            "MODEL.SDS.WINDOW", 32,
+            "MODEL.SDS.CONTEXT", 4,
+            "MODEL.SDS.MAX_REGIONS", 60,
+            "MODEL.SDS.FOREGROUND", 4,
+            "MODEL.SDS.BACKGROUND", 4,
+        ),
+    ),
+    Case(
         "DeepMetric",
         "MetricLearning/nuclei_metric_R_18",
         (
