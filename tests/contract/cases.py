@@ -67,6 +67,7 @@ class Case:
             normalisation makes padded pixels non-zero.
         patches: side of the image and of the mask of a training sample, where these are patches
             around one object.
+        classes: its results have classes; without them they are judged as proposals.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Case:
     opts: tuple
     sees_padding: bool = False
     patches: tuple[int, int] | None = None
+    classes: bool = True
 
     def cfg(self, *opts):
         return instseg_ext.get_config(self.config, [*TINY_RESNET, *self.opts, *opts])
@@ -162,8 +164,10 @@ CASES = [
         ),
         sees_padding=True,
     ),
-    Case("DeepMask", "DeepMask/nuclei_deepmask_R_18", TINY_DEEPMASK, patches=(64, 32)),
-    Case("SharpMask", "DeepMask/nuclei_sharpmask_R_18", TINY_DEEPMASK, patches=(64, 32)),
+    *(
+        Case(name, f"DeepMask/nuclei_{config}_R_18", TINY_DEEPMASK, patches=(64, 32), classes=False)
+        for name, config in (("DeepMask", "deepmask"), ("SharpMask", "sharpmask"))
+    ),
     Case(
         "MultiPathNet",
         "MultiPathNet/nuclei_multipathnet_R_18_FPN",
