@@ -11,6 +11,8 @@ from instseg_ext.cli import common
 from instseg_ext.cli.main import run_command
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from detectron2.config import CfgNode
 
     from instseg_ext.method import Method
@@ -20,6 +22,8 @@ __all__ = [
     "add_training_arguments",
     "build_parser",
     "check_inputs",
+    "is_first",
+    "launch",
     "main",
     "prepare",
     "run",
@@ -96,12 +100,27 @@ def run(args: argparse.Namespace) -> int:
     from instseg_ext import engine
 
     cfg, _ = prepare(args)
-    if os.environ.get("RANK", "0") == "0" and args.machine_rank == 0:
+    if is_first(args):
         if not args.eval_only:
             engine.check_output_dir(cfg.OUTPUT_DIR, args.resume, args.overwrite, cfg)
         check_inputs(cfg, args)
+    launch(_worker, cfg, args)
+    return 0
+
+
+def is_first(args: argparse.Namespace) -> bool:
+    """Tell whether this process checks for all: the first one of the first machine."""
+    return os.environ.get("RANK", "0") == "0" and args.machine_rank == 0
+
+
+def launch(
+    worker: Callable[[argparse.Namespace], None], cfg: CfgNode, args: argparse.Namespace
+) -> None:
+    """Call ``worker(args)`` in as many processes as the command line asks for."""
+    from instseg_ext import engine
+
     engine.launch(
-        _worker,
+        worker,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
@@ -109,7 +128,6 @@ def run(args: argparse.Namespace) -> int:
         device=cfg.MODEL.DEVICE,
         args=(args,),
     )
-    return 0
 
 
 def prepare(args: argparse.Namespace) -> tuple[CfgNode, Method]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from instseg_ext.cli import train
 
@@ -34,18 +33,10 @@ def run(args: argparse.Namespace) -> int:
     from instseg_ext import engine
 
     cfg, _ = train.prepare(args)
-    if os.environ.get("RANK", "0") == "0" and args.machine_rank == 0:
+    if train.is_first(args):
         engine.check_alternating(cfg, args.iterations, resume=args.resume, overwrite=args.overwrite)
         train.check_inputs(cfg, args)
-    engine.launch(
-        _worker,
-        num_gpus=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        device=cfg.MODEL.DEVICE,
-        args=(args,),
-    )
+    train.launch(_worker, cfg, args)
     return 0
 
 

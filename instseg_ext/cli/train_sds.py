@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from instseg_ext import engine
 
     cfg, method = _prepare(args)
-    if os.environ.get("RANK", "0") == "0" and args.machine_rank == 0:
+    if train.is_first(args):
         final = Path(cfg.OUTPUT_DIR) / "model_final.pth"
         if final.is_file() and not (args.resume or args.overwrite):
             raise FileExistsError(
@@ -51,15 +50,7 @@ def run(args: argparse.Namespace) -> int:
         train.check_inputs(finetune, args)
         method.build_mapper(cfg, False)  # raises where the regions of the test images are missing
         _make_regions(cfg, _training_dicts(cfg, args))
-    engine.launch(
-        _worker,
-        num_gpus=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        device=cfg.MODEL.DEVICE,
-        args=(args,),
-    )
+    train.launch(_worker, cfg, args)
     return 0
 
 
