@@ -20,6 +20,12 @@ FOLDS = (
 COLUMNS = (("segm", "AP"), ("segm", "AP50"), ("bbox", "AP"))
 IDENTITY = "table_run.txt"  # hash of the config that a folder's checkpoints belong to
 DONE = "table_done.txt"  # the same, written when the training has ended
+# Models that start from another one's weights, or read its proposals for both sets, of the same
+# fold; and commands other than train_net.py.
+STARTS_FROM = {"DeepMask/nuclei_sharpmask_R_18": "DeepMask/nuclei_deepmask_R_18"}
+PROPOSALS_OF = {"MultiPathNet/nuclei_multipathnet_file_R_18_FPN": "DeepMask/nuclei_sharpmask_R_18"}
+INSTSEG = ("-m", "instseg_ext.cli.main")
+COMMANDS = {"SDS/nuclei_sds_R_18": (*INSTSEG, "train-sds")}
 
 
 def configs(pattern: str) -> list:
@@ -40,27 +46,59 @@ def identity(config: Path, opts: list) -> str:
     return hashlib.sha256(instseg_ext.get_config(str(config), opts).dump().encode()).hexdigest()
 
 
-def train(config: Path, fold: int, output: Path, opts: list) -> bool:
-    """Bring one run to its end.
+def train(config: Path, fold: int, root: Path, opts: list) -> bool:
+    """Bring one run to its end, and before it those that it needs.
+
+    Args:
+        config: what to train.
+        fold: 0 or 1.
+        root: folder of all runs.
+        opts: options of every run.
 
     Returns:
-        False when the training failed.
+        False when a training failed.
     """
+    output = folder(title(config), fold, root)
     train_set, test_set = FOLDS[fold]
     options = ["DATASETS.TRAIN", f"('{train_set}',)", "DATASETS.TEST", f"('{test_set}',)", *opts]
-    wanted = identity(config, options)
+    needed = {**STARTS_FROM, **PROPOSALS_OF}.get(title(config))
+    files = {name: output.parent / f"proposals_{name}.pth" for name in FOLDS[fold]}
+    before = ""
+    if needed:
+        project, _, name = needed.partition("/")
+        if not train(ROOT / "projects" / project / "configs" / f"{name}.yaml", fold, root, opts):
+            return False
+        before = read(folder(needed, fold, root) / DONE)
+        weights = ["MODEL.WEIGHTS", str(folder(needed, fold, root) / "model_final.pth")]
+        if title(config) in STARTS_FROM:
+            options += weights
+        else:
+            for key, name in zip(("TRAIN", "TEST"), FOLDS[fold], strict=True):
+                options += [f"DATASETS.PROPOSAL_FILES_{key}", f"('{files[name]}',)"]
+    wanted = identity(config, options) + before
     if read(output / DONE) == wanted and (output / "results.json").exists():
         return True
     how = "--resume" if read(output / IDENTITY) == wanted else "--overwrite"
     output.mkdir(parents=True, exist_ok=True)
     (output / IDENTITY).write_text(wanted + "\n")
-    command = [sys.executable, "train_net.py", "--config-file", str(config), how]
-    command += ["OUTPUT_DIR", str(output), *options]
-    sys.stderr.write(f"{title(config)}, fold {fold}: {' '.join(command[1:])}\n")
-    if subprocess.call(command, cwd=str(ROOT), stdout=sys.stderr):
-        return False
+    commands = []
+    if title(config) in PROPOSALS_OF:
+        for name, file in files.items():
+            propose = [*INSTSEG, "propose", "--config-file", needed, "--dataset", name]
+            commands.append([*propose, "--output", str(file), "--overwrite", *weights])
+    command = [*COMMANDS.get(title(config), ["train_net.py"]), "--config-file", str(config), how]
+    commands.append([*command, "OUTPUT_DIR", str(output), *options])
+    for command in commands:
+        sys.stderr.write(f"{title(config)}, fold {fold}: {' '.join(command)}\n")
+        if subprocess.call([sys.executable, *command], cwd=str(ROOT), stdout=sys.stderr):
+            return False
     (output / DONE).write_text(wanted + "\n")
     return True
+
+
+def folder(name: str, fold: int, root: Path) -> Path:
+    """Return the folder of a run."""
+    return (root / name / f"fold{fold}").absolute()
 
 
 def read(path: Path) -> str:
@@ -107,12 +145,11 @@ def main() -> int:
     for config in chosen:
         rows[title(config)] = folds = []
         for fold in range(len(FOLDS)):
-            output = (ROOT / arguments.output / title(config) / f"fold{fold}").absolute()
-            if not train(config, fold, output, arguments.opts):
+            if not train(config, fold, ROOT / arguments.output, arguments.opts):
                 failed.append(f"{title(config)} fold {fold}")
                 folds.clear()
                 break
-            folds.append(scores(output, fold))
+            folds.append(scores(folder(title(config), fold, ROOT / arguments.output), fold))
     sys.stdout.write(table(rows))
     if failed:
         sys.stderr.write(f"failed: {', '.join(failed)}\n")

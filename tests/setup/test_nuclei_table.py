@@ -90,6 +90,39 @@ def test_options_reach_every_run(runs):
     assert all(command[-2:] == ["SOLVER.MAX_ITER", "2"] for command in runs.commands)
 
 
+def test_what_a_run_needs_is_trained_before(runs, tmp_path, monkeypatch):
+    """Weights of one model, proposals of that one, on the same fold; a command of its own."""
+    monkeypatch.setattr(nuclei_table, "STARTS_FROM", {"B/nuclei_b": "A/nuclei_a"})
+    assert runs("--only", "B/*") == 0
+    root = tmp_path / "output" / "nuclei_table"
+    assert [command[3].split("_")[-1] for command in runs.commands] == ["a.yaml", "b.yaml"] * 2
+    for fold, command in enumerate(runs.commands[1::2]):
+        weights = root / "A" / "nuclei_a" / f"fold{fold}" / "model_final.pth"
+        assert command[-2:] == ["MODEL.WEIGHTS", str(weights)]
+    runs.commands.clear()
+    monkeypatch.setattr(nuclei_table, "STARTS_FROM", {})
+    monkeypatch.setattr(nuclei_table, "PROPOSALS_OF", {"B/nuclei_b": "A/nuclei_a"})
+    proposals = []
+    train = nuclei_table.subprocess.call
+
+    def call(command, **others):
+        if "propose" in command:
+            return proposals.append(command)
+        return train(command, **others)
+
+    monkeypatch.setattr(nuclei_table.subprocess, "call", call)
+    assert runs("--only", "B/*") == 0
+    assert [command[7] for command in proposals] == [name for f in nuclei_table.FOLDS for name in f]
+    files = [f"('{command[9]}',)" for command in proposals]
+    assert [runs.commands[0][-3], runs.commands[0][-1]] == files[:2]
+
+
+def test_named_configs_exist():
+    named = {*nuclei_table.STARTS_FROM, *nuclei_table.PROPOSALS_OF, *nuclei_table.COMMANDS}
+    named |= {*nuclei_table.STARTS_FROM.values(), *nuclei_table.PROPOSALS_OF.values()}
+    assert named <= {nuclei_table.title(path) for path in nuclei_table.configs("*")}
+
+
 def test_nothing_to_train_is_an_error(runs, capsys):
     with pytest.raises(SystemExit):
         runs("--only", "C/*")
