@@ -12,11 +12,12 @@ executed. What is allocated is bounded by the length of the file.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -52,8 +53,8 @@ _ARRAY = re.compile(r"torch\.(\w*?)(Tensor|Storage)")
 _MOST_DIMENSIONS = 32
 # Nets of thousands of layers are flat; without a bound a file could exhaust the stack.
 _DEEPEST = 150
-# Of tensors under different names; a file could name one tensor in exponentially many ways.
-_MOST_NAMES = 50_000
+# Of tables and tensors; a file could name one of them in exponentially many ways.
+_MOST_NAMES = 100_000
 
 
 @dataclass(frozen=True)
@@ -107,20 +108,22 @@ def torch7_weights(content: Any) -> dict[str, Tensor]:
         ValueError: if there are too many names to be weights.
     """
     found: dict[str, Tensor] = {}
-    _collect(content, "", found, set())
+    _collect(content, "", found, set(), itertools.count(1))
     return found
 
 
-def _collect(value: Any, name: str, found: dict[str, Tensor], above: set[int]) -> None:
+def _collect(
+    value: Any, name: str, found: dict[str, Tensor], above: set[int], ways: Iterator[int]
+) -> None:
     if isinstance(value, Tensor):
         if value.numel() and value.is_floating_point():
             found[name] = value
-            if len(found) > _MOST_NAMES:
-                raise ValueError(f"more than {_MOST_NAMES} names lead to tensors: no weights.")
     elif isinstance(value, dict) and id(value) not in above:
         above.add(id(value))
         for key, entry in value.items():
-            _collect(entry, f"{name}.{key}" if name else str(key), found, above)
+            if isinstance(entry, Tensor | dict) and next(ways) > _MOST_NAMES:
+                raise ValueError(f"more than {_MOST_NAMES} names lead to its parts: no weights.")
+            _collect(entry, f"{name}.{key}" if name else str(key), found, above, ways)
         above.remove(id(value))
 
 

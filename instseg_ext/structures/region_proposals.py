@@ -27,7 +27,17 @@ __all__ = ["RegionProposals"]
 
 _FORMAT = "instseg_ext regions 1"
 # What damaged or foreign content raises in numpy and zipfile.
-_READ_ERRORS = (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error)
+_READ_ERRORS = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    MemoryError,
+    OSError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 # Members of regions that are floats at one time.
 _FLOATS = 2**23

@@ -196,9 +196,10 @@ def test_nothing_is_allocated_that_the_file_does_not_hold(read):
     tracemalloc.stop()
 
 
-def test_names_that_multiply_without_end_are_refused(read):
-    """Each table holds the next one twice: 2 to the power of 60 names for one tensor."""
-    value = torch.ones(1)
+@pytest.mark.parametrize("bottom", ["tensor", "nothing"])
+def test_names_that_multiply_without_end_are_refused(read, bottom):
+    """Each table holds the next one twice: 2 to the power of 60 names for what is at the bottom."""
+    value = torch.ones(1) if bottom == "tensor" else {}
     for _ in range(60):
         value = {"a": value, "b": value}
     with pytest.raises(ValueError, match=r"more than \d+ names"):

@@ -223,7 +223,9 @@ def test_foreign_and_damaged_files_are_named(tmp_path):
     np.savez(tmp_path / "newer.npz", **{**parts, "format": np.array("regions 9")})
     np.savez(tmp_path / "narrow.npz", **{**parts, "members": parts["members"][:, :1]})
     np.savez(tmp_path / "high.npz", **{**parts, "superpixels": parts["superpixels"] + 1})
-    for name in ("short", "text", "other", "objects", "newer", "narrow", "high"):
+    np.save(tmp_path / "array.npy", parts["members"])
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    for name in ("short", "text", "other", "objects", "newer", "narrow", "high", "array"):
         with pytest.raises(ValueError, match=rf"{name}\.npz is no file of region proposals"):
             RegionProposals.load(tmp_path / f"{name}.npz")
 
