@@ -85,7 +85,7 @@ def train(config: Path, fold: int, root: Path, opts: list) -> bool:
     if title(config) in PROPOSALS_OF:
         for name, file in files.items():
             propose = [*INSTSEG, "propose", "--config-file", needed, "--dataset", name]
-            commands.append([*propose, "--output", str(file), "--overwrite", *weights])
+            commands.append([*propose, "--output", str(file), "--overwrite", *weights, *opts])
     command = [*COMMANDS.get(title(config), ["train_net.py"]), "--config-file", str(config), how]
     commands.append([*command, "OUTPUT_DIR", str(output), *options])
     for command in commands:
