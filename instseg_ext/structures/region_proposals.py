@@ -27,17 +27,8 @@ __all__ = ["RegionProposals"]
 
 _FORMAT = "instseg_ext regions 1"
 # What damaged or foreign content raises in numpy and zipfile.
-_READ_ERRORS = (
-    AttributeError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    OSError,
-    TypeError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_READ_ERRORS = (EOFError, KeyError, MemoryError, OSError, TypeError, ValueError)
+_READ_ERRORS += (zipfile.BadZipFile, zlib.error)
 
 # Members of regions that are floats at one time.
 _FLOATS = 2**23
@@ -380,13 +371,12 @@ def _check(superpixels: Tensor, members: Tensor, scores: Tensor) -> None:
             )
     if scores.shape != members.shape[1:]:
         raise ValueError(f"{tuple(scores.shape)} scores do not fit {members.shape[1]} regions.")
-    if superpixels.numel() and not 0 <= int(superpixels.min()) <= int(superpixels.max()) < len(
-        members
-    ):
-        raise ValueError(
-            f"Superpixels must lie in [0, {len(members)}), but they go from "
-            f"{int(superpixels.min())} to {int(superpixels.max())}."
-        )
+    if superpixels.numel():
+        low, high = map(int, superpixels.aminmax())
+        if not 0 <= low <= high < len(members):
+            raise ValueError(
+                f"Superpixels must lie in [0, {len(members)}), but they go from {low} to {high}."
+            )
 
 
 def _common_size(
