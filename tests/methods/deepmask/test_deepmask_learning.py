@@ -33,7 +33,11 @@ OPTIONS = [
 
 
 def test_masks_and_scores_of_shapes(tmp_path):
-    """Measured after 100 steps: mean IoU 68, of at least a half 98 %, right scores 85 %."""
+    """Measured after 100 steps: mean IoU 68, of at least a half 98 %, right scores 85 %.
+
+    The mean mask of all training patches has 71 and 91 %: the bars of masks tell a broken training
+    from a working one, not one that sees the objects from one that does not.
+    """
     folder = tmp_path / "run"
     folder.mkdir()
     opts = [*OPTIONS, "OUTPUT_DIR", str(folder)]
